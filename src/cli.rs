@@ -14,7 +14,7 @@ pub mod train;
 pub mod tune;
 pub mod worker;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -84,19 +84,22 @@ impl ConfigArgs {
         Ok(crate::config::load(&self.config, &self.overrides)?)
     }
 
-    /// Loads the configuration for a command that only uses the judge. `run.name`, `run.steps`, `policy.model` and
-    /// `data.path` may be missing.
+    /// Loads the configuration for a command that only uses the judge.
     fn load_judge(&self) -> anyhow::Result<Config> {
-        let optional = &["run.name", "run.steps", "policy.model", "data.path"];
-        Ok(crate::config::load_partial(&self.config, &self.overrides, optional)?)
+        load_judge(&self.config, &self.overrides)
     }
 
-    /// Loads the configuration for a command that uses the judge and the prompts of `[data]`. `run.name`, `run.steps`
-    /// and `policy.model` may be missing.
+    /// Loads the configuration for a command that uses the judge and the prompts of `[data]`.
     fn load_prompts(&self) -> anyhow::Result<Config> {
-        let optional = &["run.name", "run.steps", "policy.model"];
-        Ok(crate::config::load_partial(&self.config, &self.overrides, optional)?)
+        let unused = &["run.name", "run.steps", "policy.model", "reward_model.pairs"];
+        Ok(crate::config::load_partial(&self.config, &self.overrides, unused)?)
     }
+}
+
+/// Loads a configuration for a command that reads neither the prompts nor the pairs that it names.
+fn load_judge(config: &Path, overrides: &[String]) -> anyhow::Result<Config> {
+    let unused = &["run.name", "run.steps", "policy.model", "data.path", "reward_model.pairs"];
+    Ok(crate::config::load_partial(config, overrides, unused)?)
 }
 
 /// Parses the command line and runs it.

@@ -123,15 +123,15 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
     load_partial(path, overrides, &[])
 }
 
-/// Reads a configuration as [`load`] does, but allows the required keys `optional` to be missing. A missing one has an
-/// empty value.
+/// Reads a configuration as [`load`] does, for a command that does not use the keys `unused`. They may be missing, which
+/// gives an empty value, and the files that they name may not exist.
 ///
 /// # Errors
 /// Returns all mistakes in one report.
 pub fn load_partial(
     path: &Path,
     overrides: &[String],
-    optional: &'static [&'static str],
+    unused: &'static [&'static str],
 ) -> Result<Config, ConfigErrors> {
     let origin = path.display().to_string();
     let text = read_bounded::text(path, read_bounded::WRITTEN).map_err(|error| {
@@ -140,7 +140,7 @@ pub fn load_partial(
     let folder = path.parent().unwrap_or(Path::new(""));
     // Absolute, so that the resolved configuration does not depend on the working directory.
     let folder = std::path::absolute(folder.join(".")).unwrap_or_else(|_| folder.to_owned());
-    parse_partial(&text, (&origin, &folder), overrides, optional)
+    parse_partial(&text, (&origin, &folder), overrides, unused)
 }
 
 /// Reads a configuration from `text`. `origin` is its name in errors; paths in it are relative to `folder`.
@@ -155,9 +155,9 @@ fn parse_partial(
     text: &str,
     (origin, folder): (&str, &Path),
     overrides: &[String],
-    optional: &'static [&'static str],
+    unused: &'static [&'static str],
 ) -> Result<Config, ConfigErrors> {
-    let mut document = Document::new(text, origin)?.with_optional(optional);
+    let mut document = Document::new(text, origin)?.with_unused(unused);
     for text in overrides {
         overrides::apply(&mut document, text);
     }

@@ -35,21 +35,14 @@ def answers(work, model, split, temperature, log, seed=0):
     """Returns the policy's answer to each prompt of a split, in the order of the split's file."""
     file = work / "tmp" / f"answers-{log.stem}-{split}-{temperature}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "data.path": str(work / "data" / f"{split}.jsonl"),
-        "run.seed": seed,
-        "labeler.type": "embedding",
-        "labeler.model": str(program.encoder(work)),
-    }
-    arguments = ["eval", "win-rate", program.config(work), "--a", model, "--limit", 1_000_000]
-    arguments += ["--temperature", temperature, "--answers", file, "--format", "json"]
-    program.run(arguments, log, settings)
-    given = {row["prompt"]: row["a"] for row in read(file)}
-    rows = read(work / "data" / f"{split}.jsonl")
-    missing = sum(row["prompt"] not in given for row in rows)
-    if missing:
-        raise program.StudyError(f"{file}: {missing} prompts have no answer; see {log}")
-    return [given[row["prompt"]] for row in rows]
+    prompts, tokens = work / "data" / f"{split}.jsonl", program.base()["rollout"]["max_new_tokens"]
+    arguments = ["generate", model, "--input", prompts, "--output", file, "--like", program.config(work)]
+    arguments += ["--temperature", temperature, "--seed", seed, "--max-new-tokens", tokens]
+    program.run(arguments, log)
+    given, rows = read(file), read(prompts)
+    if [row["prompt"] for row in given] != [row["prompt"] for row in rows]:
+        raise program.StudyError(f"{file} does not have the prompts of {prompts}; see {log}")
+    return [row["text"].strip() for row in given]
 
 
 def differences(work, name, pairs, settings, log, temperature=1.0):

@@ -1,5 +1,7 @@
 """Runs the program `preceptor`, and fetches the models of the study."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -27,12 +30,34 @@ def binary():
     return str(path)
 
 
+def base():
+    """Returns the settings that all arms share."""
+    return tomllib.loads((CONFIGS / "base.toml").read_text())
+
+
 def config(work):
     """Returns the path of `base.toml` beside the data, to which its paths are relative."""
     copy, text = work / "data" / "base.toml", (CONFIGS / "base.toml").read_text()
     if not copy.exists() or copy.read_text() != text:
         copy.write_text(text)
     return copy
+
+
+@contextlib.contextmanager
+def lock(work, name, wait=True):
+    """Holds the lock `name` of a work folder, so that several processes can share it; yields False if it is taken.
+
+    The system releases the lock of a process that ends.
+    """
+    path = work / "locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def need_space(folder):

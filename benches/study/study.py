@@ -75,10 +75,15 @@ def run(arguments):
             print(f"stopped after {hours:.2f} hours; the same command continues")
             return
         program.need_space(arguments.work)
-        started = time.time()
-        print(f"{arm} seed {seed} …", flush=True)
-        result = units.run(arguments.work, RESULTS, arm, seed, arguments.threads)
-        print(f"{arm} seed {seed}: {(time.time() - started) / 60:.1f} min, development {result.get('development', 'not answered')}", flush=True)
+        # Another process may train this unit, or may have finished it since the list was made.
+        with program.lock(arguments.work, f"{arm}-{seed}", wait=False) as mine:
+            if not mine or units.result_file(RESULTS, arm, seed).exists():
+                continue
+            started = time.time()
+            print(f"{arm} seed {seed} …", flush=True)
+            result = units.run(arguments.work, RESULTS, arm, seed, arguments.threads)
+            minutes = (time.time() - started) / 60
+            print(f"{arm} seed {seed}: {minutes:.1f} min, development {result.get('development', 'not answered')}", flush=True)
 
 
 def score(arguments):
@@ -111,6 +116,13 @@ def show_tables(arguments):
     except ModuleNotFoundError as error:
         raise program.StudyError(f"{error}; run `pip install -r {HERE / 'requirements.txt'}`") from None
     print(tables.make(RESULTS, list(units.arms()), RESULTS / "tables", arguments.split))
+
+
+def write_page(arguments):
+    """Writes the study's page of the documentation, from the test answers."""
+    import tables
+
+    tables.page(RESULTS, list(units.arms()), program.ROOT / "docs", arguments.split)
 
 
 def show_left(arguments):
@@ -148,6 +160,9 @@ def main():
     command = commands.add_parser("tables", help="write tables and plots from the results")
     command.add_argument("--split", choices=list(evaluate.DECODINGS), default="development")
     command.set_defaults(act=show_tables)
+    command = commands.add_parser("page", help="write the page in docs/ from the results")
+    command.add_argument("--split", choices=list(evaluate.DECODINGS), default="test")
+    command.set_defaults(act=write_page)
     arguments = parser.parse_args()
     try:
         arguments.work = arguments.work.resolve()

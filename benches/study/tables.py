@@ -96,7 +96,8 @@ def arms_table(results, finished, decoding):
 
 def _is_judged(finished, arm):
     """Tells whether MiniLM may judge the arm, which it does not where it labels."""
-    return not any("minilm" in str(unit["set"]) or "embedding" in str(unit["set"]) for unit in finished[arm].values())
+    settings = [str(unit["set"]) + str(unit.get("pairs")) for unit in finished[arm].values()]
+    return not any(word in text for text in settings for word in ("minilm", "embedding", "encoder"))
 
 
 def between_table(results, finished, decoding):
@@ -111,6 +112,30 @@ def between_table(results, finished, decoding):
                 count = len(_both(results, finished, arm, other, decoding)[0])
                 lines.append(f"| {arm} | {other} | {count} | {'cosine' if judged else 'chrF'} | {_cell(found['controlled'])} | {_cell(found['raw'])} |")
     return "\n".join(lines) + "\n"
+
+
+STALENESS = {"direct-eta0": 0, "direct": 1, "direct-eta4": 4}
+
+
+def staleness_table(results, finished, decoding):
+    """Returns the third table: synchronous training against bounds of one and four versions, at equal steps."""
+    heads = ["bound", "seeds", "seconds of a step", "win rate over SFT, length-controlled, %"]
+    heads += [f"{name}, difference to the synchronous run" for _, name, _ in SHOWN]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for arm, bound in STALENESS.items():
+        found = win_rate(results, finished, arm, "sft", decoding)
+        if not found:
+            continue
+        seconds = [step["seconds"] for unit in finished[arm].values() for step in unit["path"] if "seconds" in step]
+        # The first and last steps of a run wait for nothing, or for everything; the median does not see them.
+        median = f"{sorted(seconds)[len(seconds) // 2]:.1f}" if seconds else "–"
+        cells = [str(bound), str(len(_both(results, finished, arm, "sft", decoding)[0])), median, _cell(found["controlled"])]
+        a, b = _both(results, finished, arm, "direct-eta0", decoding)
+        for key, _, scale in SHOWN:
+            same = arm == "direct-eta0" or not a
+            cells.append("–" if same else _cell(intervals.difference(_column(a, key), _column(b, key)), scale, sign=True))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 PAPER = {  # Alignment on summaries in %, Lee et al. 2023, for the techniques of the same name.
@@ -158,21 +183,67 @@ def reward_models_table(results):
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def make(results, order, folder, decoding):
-    """Writes the tables and plots of one kind of answers, with the arms in the given order; returns the tables."""
+def ordered(results, order):
+    """Returns the finished units by arm, with the arms in the given order."""
     finished = units(results)
     if not finished:
         raise program.StudyError(f"{results} has no finished unit; run `study.py run` first")
-    finished = dict(sorted(finished.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
-    folder.mkdir(parents=True, exist_ok=True)
-    minutes = sum(sum(unit["minutes"].values()) for seeds in finished.values() for unit in seeds.values())
-    text = f"# Results: {decoding} answers\n\n{arms_table(results, finished, decoding)}\n{between_table(results, finished, decoding)}\n"
-    for title, table in (("Labelers by technique", labelers_table(results)), ("Reward models by number of labels", reward_models_table(results))):
-        if table:
-            text += f"## {title}\n\n{table}\n"
-    text += f"Minutes of one core in all: {minutes:.0f}.\n"
-    Path(folder / f"{decoding}.md").write_text(text)
+    return dict(sorted(finished.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def minutes(finished):
+    """Returns the minutes of all units."""
+    return sum(sum(unit["minutes"].values()) for seeds in finished.values() for unit in seeds.values())
+
+
+def write_plots(finished, folder, prefix=""):
+    """Writes the plots of the measures over the KL divergence."""
     for name, key in (("quality", "cosine_reference"), ("rouge", "rouge_l"), ("copied", "copied")):
         series = {arm: [step for unit in seeds.values() for step in unit["path"]] for arm, seeds in finished.items()}
-        (folder / f"{name}.svg").write_text(plots.over_kl(series, key))
+        (folder / f"{prefix}{name}.svg").write_text(plots.over_kl(series, key))
+
+
+def page(results, order, docs, decoding="test"):
+    """Writes the study's page of the documentation from the template `page.md`, with its plots."""
+    finished = ordered(results, order)
+    parts = {
+        "arms": arms_table(results, finished, decoding),
+        "between": between_table(results, finished, decoding),
+        "labelers": labelers_table(results),
+        "staleness": staleness_table(results, finished, decoding),
+        "reward_models": reward_models_table(results),
+        "minutes": f"{minutes(finished):.0f}",
+    }
+    some = next(unit for seeds in finished.values() for unit in seeds.values() if unit["path"])
+    base = some["base"]
+    parts["steps"] = str(base["run"]["steps"])
+    parts["completions"] = str(base["learner"]["batch_groups"] * base["rollout"]["group_size"])
+    scored = scores(results, *next((arm, seed) for arm, seeds in finished.items() for seed in seeds), decoding)
+    if scored is None:
+        raise program.StudyError(f"no {decoding} answers are scored; run `study.py evaluate --split {decoding}` first")
+    parts["prompts"] = f"{len(scored['words']):,}"
+    text = (Path(__file__).parent / "page.md").read_text()
+    for name, part in parts.items():
+        text = text.replace("{{" + name + "}}", part.strip() or "Not measured yet.")
+    (docs / "study.md").write_text(text)
+    write_plots(finished, docs, "study-")
+    return text
+
+
+def make(results, order, folder, decoding):
+    """Writes the tables and plots of one kind of answers, with the arms in the given order; returns the tables."""
+    finished = ordered(results, order)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"# Results: {decoding} answers\n\n{arms_table(results, finished, decoding)}\n{between_table(results, finished, decoding)}\n"
+    more = {
+        "Labelers by technique": labelers_table(results),
+        "Staleness": staleness_table(results, finished, decoding),
+        "Reward models by number of labels": reward_models_table(results),
+    }
+    for title, table in more.items():
+        if table:
+            text += f"## {title}\n\n{table}\n"
+    text += f"Minutes of one core in all: {minutes(finished):.0f}.\n"
+    Path(folder / f"{decoding}.md").write_text(text)
+    write_plots(finished, folder)
     return text

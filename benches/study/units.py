@@ -12,6 +12,9 @@ import program
 from evaluate import read, write
 
 PAIRS = 320
+# Added to a unit's seed after fine-tuning: with the same seed, the arms would be trained on the prompts whose written
+# summaries their start was fine-tuned on, in the same order.
+AFTER_FINE_TUNING = 1000
 KINDS = ["near", "corrupted", "copy", "sample"]
 
 
@@ -28,13 +31,14 @@ def result_file(results, arm, seed):
 def start(work, seed, threads):
     """Returns the folder of the fine-tuned policy that all arms of a seed start from, and trains it if it is not there."""
     folder = work / "runs" / f"sft-{seed}"
-    if not (folder / "done").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        settings = {**common(work, seed, threads), **arms()["sft"]["set"], "run.steps": 1, "learner.lr": 1e-12}
-        settings |= evaluate.encoder_settings(work)
-        train(work, folder, settings, f"sft-{seed}", threads)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        (folder / "done").touch()
+    with program.lock(work, f"start-{seed}"):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            settings = {**common(work, seed, threads), **arms()["sft"]["set"], "run.steps": 1, "learner.lr": 1e-12}
+            settings |= evaluate.encoder_settings(work)
+            train(work, folder, settings, f"sft-{seed}", threads)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            (folder / "done").touch()
     return folder / "reference"
 
 
@@ -55,30 +59,50 @@ def train(work, folder, settings, name, threads):
     program.run(arguments, work / "logs" / f"{name}.log", settings, threads)
 
 
+def samples(work, seed, threads):
+    """Returns a sample of the fine-tuned policy for each prompt of the pairs."""
+    rows = read(work / "data" / "pairs.jsonl")[:PAIRS]
+    write(work / "data" / "paired.jsonl", rows)
+    return rows, evaluate.answers(work, start(work, 0, threads), "paired", 0.9, work / "logs" / f"pairs-{seed}.log", seed)
+
+
 def pair_file(work, kind, threads):
-    """Returns the file of pairs that reward models learn from: `people` has hard labels, other kinds are an AI labeler's."""
-    people = work / "pairs" / "people.jsonl"
-    if not people.exists():
-        rows, log = read(work / "data" / "pairs.jsonl")[:PAIRS], work / "logs" / "pairs.log"
-        write(work / "data" / "paired.jsonl", rows)
-        samples = evaluate.answers(work, start(work, 0, threads), "paired", 0.9, log)
-        write(people, pairs.make(rows, KINDS, 0, samples))
-    if kind == "people":
-        return people
-    labeled = work / "pairs" / f"{kind}.jsonl"
-    if not labeled.exists():
-        partial = labeled.with_suffix(".partial.jsonl")
-        settings = {"labeler.threads": threads, **labelers(work)[kind]}
-        program.run(["label", program.config(work), "--input", people, "--output", partial], work / "logs" / f"{kind}.log", settings)
-        partial.rename(labeled)
-    return labeled
+    """Returns the file of pairs that reward models learn from: `people` has hard labels, other kinds are an AI labeler's.
+
+    The pairs are those of `people`, or two samples of the fine-tuned policy in the kinds whose name begins with `own`.
+    """
+    file = work / "pairs" / f"{kind}.jsonl"
+    if file.exists():
+        return file
+    source = None if kind in ("people", "own") else pair_file(work, "own" if kind.startswith("own") else "people", threads)
+    with program.lock(work, f"pairs-{kind}"):
+        if file.exists():
+            return file
+        if kind == "people":
+            rows, sampled = samples(work, 0, threads)
+            write(file, pairs.make(rows, KINDS, 0, sampled))
+        elif kind == "own":
+            (rows, first), (_, second) = (samples(work, seed, threads) for seed in (1, 2))
+            found = [{"prompt": row["prompt"], "first": a, "second": b} for row, a, b in zip(rows, first, second)]
+            write(file, [pair for pair in found if pair["first"].strip() != pair["second"].strip()])
+        else:
+            partial = file.with_suffix(".partial.jsonl")
+            settings = {"labeler.threads": threads, **labelers(work)[kind]}
+            arguments = ["label", program.config(work), "--input", source, "--output", partial]
+            program.run(arguments, work / "logs" / f"{kind}.log", settings)
+            partial.rename(file)
+    return file
 
 
 def labelers(work):
     """Returns the settings of the AI labelers of pairs, by their names in `arms.toml`."""
+    likelihood = {"labeler.length_normalise": True}
     return {
-        "labeled": {"labeler.length_normalise": True},
-        "labeled-by-gemma": {"labeler.length_normalise": True, "policy.model": str(program.gemma(work))},
+        "labeled": likelihood,
+        "labeled-given": {**likelihood, "labeler.unconditional_weight": 0},
+        "labeled-by-gemma": {**likelihood, "policy.model": str(program.gemma(work))},
+        "own-given": {**likelihood, "labeler.unconditional_weight": 0},
+        "own-encoder": {**evaluate.encoder_settings(work), "labeler.pair_temperature": 0.1},
     }
 
 
@@ -88,7 +112,7 @@ def run(work, results, arm, seed, threads):
     log, model, path = work / "logs" / f"{name}.log", start(work, seed, threads), []
     if arm != "sft":
         folder = work / "runs" / name
-        settings = {**common(work, seed, threads), "policy.model": str(model), **plan["set"]}
+        settings = {**common(work, AFTER_FINE_TUNING + seed, threads), "policy.model": str(model), **plan["set"]}
         if settings.get("labeler.model") == "minilm":
             settings |= evaluate.encoder_settings(work)
         if "pairs" in plan:
@@ -96,7 +120,7 @@ def run(work, results, arm, seed, threads):
         train(work, folder, settings, name, threads)
         model, path = max((folder / "checkpoints").glob("step-*")), course(work, folder, log)
     trained = time.time()
-    result = {"arm": arm, "seed": seed, "set": plan["set"], "path": path}
+    result = {"arm": arm, "seed": seed, "set": plan["set"], "pairs": plan.get("pairs"), "base": program.base(), "path": path}
     given = {} if not plan.get("answers", True) else {
         decoding: evaluate.answers(work, model, split, temperature, log, seed)
         for decoding, (split, temperature) in evaluate.DECODINGS.items()
@@ -110,6 +134,9 @@ def run(work, results, arm, seed, threads):
     if arm != "sft":
         shutil.rmtree(work / "runs" / name, ignore_errors=True)
     return result
+
+
+RECORDED = {"score": "score/mean", "kl": "kl/mean", "entropy": "entropy/mean", "seconds": "time/step_seconds"}
 
 
 def course(work, folder, log):
@@ -127,7 +154,7 @@ def course(work, folder, log):
     for step in sorted({row["step"] for row in samples}):
         found = [score for score, row in zip(scored, samples) if row["step"] == step]
         figures = {"step": step, **evaluate.summary(found)}
-        for short, key in (("score", "score/mean"), ("kl", "kl/mean"), ("entropy", "entropy/mean")):
+        for short, key in RECORDED.items():
             if metrics.get(step, {}).get(key) is not None:
                 figures[short] = round(metrics[step][key], 4)
         steps.append(figures)

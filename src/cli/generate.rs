@@ -1,20 +1,25 @@
 //! `preceptor generate`.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::json;
 
+use super::input;
 use super::prompts::{ModelArgs, PromptArgs};
 use crate::lm::model::Decoder;
 use crate::lm::tokens::Tokenizer;
+use crate::observe::progress::Progress;
 use crate::out;
 use crate::out_json;
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::stop::{self, Stop};
 use crate::pipeline::generate::{Fixed, Request, generate};
 use crate::status;
+use crate::tools::evaluate::answers::completions;
+use crate::types::{Completion, Prompt};
 use crate::util::exit::before_work;
 use crate::util::seed;
 
@@ -58,11 +63,26 @@ pub struct Generate {
     /// Prints one JSON object per completion: ids, logprobs, text, finish.
     #[arg(long)]
     json: bool,
+    /// Completes the prompts of a file, a folder or a glob pattern (see docs/data.md) instead of one prompt.
+    #[arg(long, value_name = "FILE", requires = "output", conflicts_with_all = ["prompt", "prompt_ids", "json"])]
+    input: Option<String>,
+    /// File for the completions of --input, in the order of the prompts: one JSON object per completion with row, prompt,
+    /// ids, logprobs, text and finish. It is written when all are done.
+    #[arg(long, value_name = "FILE", requires = "input")]
+    output: Option<PathBuf>,
+}
+
+/// The prompts to complete.
+enum Prompts {
+    /// Token ids of a single prompt, whose completions are printed.
+    Single(Vec<u32>),
+    /// The prompts of a file, and the file that their completions are written to.
+    File(Vec<Prompt>, PathBuf),
 }
 
 impl Generate {
-    /// Validates the options and loads the model, its tokenizer, and the prompt's token ids.
-    fn prepare(&self) -> Result<(Decoder, Tokenizer, Vec<u32>)> {
+    /// Validates the options and loads the model, its tokenizer, and the prompts.
+    fn prepare(&self) -> Result<(Decoder, Tokenizer, Prompts)> {
         ensure!(self.samples > 0, "--samples must be above zero");
         ensure!(self.max_new_tokens > 0, "--max-new-tokens must be above zero");
         ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
@@ -72,16 +92,23 @@ impl Generate {
         }
         ensure!(!self.stop.iter().any(String::is_empty), "--stop must not be empty");
         let (model, tokenizer) = self.model.load()?;
-        let prompt = self.prompt.ids(&tokenizer, model.config().vocab_size)?;
-        Ok((model, tokenizer, prompt))
+        let prompts = match (&self.input, &self.output) {
+            (Some(input), Some(output)) => {
+                let rows = input::rows(input, self.model.resolve_timeout)?;
+                let prompts = self.prompt.read(rows, &model, &tokenizer, self.max_new_tokens)?;
+                Prompts::File(prompts, output.clone())
+            }
+            _ => Prompts::Single(self.prompt.ids(&tokenizer, model.config().vocab_size)?),
+        };
+        Ok((model, tokenizer, prompts))
     }
 
-    /// Samples completions and prints them.
+    /// Samples completions, and prints them or writes them to a file.
     ///
     /// # Errors
     /// If an option is invalid, or the model or prompt cannot be used.
     pub fn run(self) -> Result<()> {
-        let (model, tokenizer, prompt) = before_work(|| self.prepare())?;
+        let (model, tokenizer, prompts) = before_work(|| self.prepare())?;
         if tokenizer.eos_ids().is_empty() && self.stop.is_empty() {
             status!("the model has no end token: every completion has --max-new-tokens = {}", self.max_new_tokens);
         }
@@ -96,10 +123,42 @@ impl Generate {
             eos: tokenizer.eos_ids().to_vec(),
             stop: Stop::new(&self.stop, &tokenizer).map(Arc::new),
         };
+        match prompts {
+            Prompts::Single(prompt) => self.print(model, &tokenizer, prompt, &sampling),
+            Prompts::File(prompts, output) => self.write(model, &tokenizer, &prompts, &sampling, &output),
+        }
+    }
+
+    /// Completes `prompts` and writes the completions to `output`.
+    fn write(
+        &self,
+        model: Decoder,
+        tokenizer: &Tokenizer,
+        prompts: &[Prompt],
+        sampling: &Sampling,
+        output: &Path,
+    ) -> Result<()> {
+        let progress = Progress::new("completing", "prompts", prompts.len() as u64);
+        let (model, draws) = (Arc::new(model), (self.seed, self.samples));
+        let all = completions(&model, tokenizer, prompts, sampling, draws, |done| progress.at(done))?;
+        progress.finish();
+        let mut lines = String::new();
+        for (prompt, completions) in prompts.iter().zip(all) {
+            for Completion { ids, logprobs, text, finish, .. } in completions {
+                let (row, asked) = (prompt.row, &prompt.text);
+                let line = json!({ "row": row, "prompt": asked, "ids": ids, "logprobs": logprobs, "text": text, "finish": finish });
+                lines.push_str(&format!("{line}\n"));
+            }
+        }
+        std::fs::write(output, lines).with_context(|| format!("cannot write {}", output.display()))
+    }
+
+    /// Completes one prompt and prints the completions.
+    fn print(&self, model: Decoder, tokenizer: &Tokenizer, prompt: Vec<u32>, sampling: &Sampling) -> Result<()> {
         let seeds = (0..self.samples).map(|k| seed::completion(self.seed, 0, k)).collect();
         let request = Request::new(prompt, seeds);
-        for sampled in generate(&mut Fixed(Arc::new(model)), vec![request], &sampling)?.concat() {
-            let text = stop::text(&tokenizer, &sampled.ids, sampling.stop.as_deref())?;
+        for sampled in generate(&mut Fixed(Arc::new(model)), vec![request], sampling)?.concat() {
+            let text = stop::text(tokenizer, &sampled.ids, sampling.stop.as_deref())?;
             if self.json {
                 let finish = sampled.finish;
                 let ids = &sampled.ids;

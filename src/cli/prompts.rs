@@ -3,16 +3,17 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use clap::Args;
 
-use crate::config::Config;
 use crate::lm::model::{Decoder, LoadTarget};
 use crate::lm::source::ModelRef;
 use crate::lm::tokens::Tokenizer;
-use crate::lm::tokens::chat::Message;
+use crate::lm::tokens::chat::{Message, Variables};
+use crate::pipeline::data::{Dataset, ModelBounds, OnBad, OnLong, PromptFormat, ReadOptions, Rows, Split};
 use crate::pipeline::setup;
+use crate::types::Prompt;
 
 /// The model to use.
 #[derive(Debug, Args)]
@@ -21,7 +22,7 @@ pub struct ModelArgs {
     model: String,
     /// Timeout in seconds for each source (hub, package index, mirror) that a reference names.
     #[arg(long, default_value_t = 20, value_name = "SECONDS")]
-    resolve_timeout: u64,
+    pub resolve_timeout: u64,
 }
 
 impl ModelArgs {
@@ -77,15 +78,67 @@ impl PromptArgs {
         Ok(ids)
     }
 
+    /// Returns the conversion of texts to prompts that `--like` names, with the variables of the chat template.
+    ///
+    /// # Errors
+    /// If the configuration cannot be read.
+    pub fn format(&self) -> Result<Option<(PromptFormat, Variables)>> {
+        let Some(path) = &self.like else { return Ok(None) };
+        let config = super::load_judge(path, &[])?;
+        Ok(Some((setup::prompt_format(&config), setup::template_variables(&config))))
+    }
+
+    /// Reads the prompts of `rows` for `model`, whose context has room for `max_new_tokens` after each.
+    ///
+    /// # Errors
+    /// If a row has no prompt, or one that is too long.
+    pub fn read(
+        &self,
+        rows: Rows,
+        model: &Decoder,
+        tokenizer: &Tokenizer,
+        max_new_tokens: usize,
+    ) -> Result<Vec<Prompt>> {
+        let plain = PromptFormat {
+            field: "prompt".into(),
+            reference_field: "reference".into(),
+            instruction: "{{ prompt }}".into(),
+            chat: self.chat,
+            special_tokens: true,
+            system: None,
+        };
+        let (format, tokenizer) = match self.format()? {
+            Some((format, variables)) => (format, tokenizer.clone().with_variables(variables)),
+            None => (plain, tokenizer.clone()),
+        };
+        let context = model.config().context;
+        ensure!(
+            max_new_tokens < context,
+            "--max-new-tokens leaves no room for a prompt in the context of {context} tokens"
+        );
+        let options = ReadOptions {
+            format,
+            limit: context - max_new_tokens,
+            remedy: "lower --max-new-tokens, or shorten the prompt".into(),
+            on_long: OnLong::Error,
+            on_bad: OnBad::Error,
+            split: Split::default(),
+            needs_references: false,
+            model: ModelBounds { context, vocabulary: model.config().vocab_size },
+        };
+        let data = Dataset::read(rows, options, &tokenizer)?;
+        data.log_notes();
+        let order = data.order(0);
+        (0..data.len() as u64).map(|seq| data.prompt(seq, &order)).collect()
+    }
+
     fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let text = match &self.prompt {
             Some(text) => text.clone(),
             None => std::io::read_to_string(std::io::stdin()).context("cannot read the prompt from standard input")?,
         };
-        if let Some(path) = &self.like {
-            let config: Config = crate::config::load(path, &[])?;
-            let tokenizer = tokenizer.clone().with_variables(setup::template_variables(&config));
-            return setup::prompt_format(&config).encode(&text, &tokenizer);
+        if let Some((format, variables)) = self.format()? {
+            return format.encode(&text, &tokenizer.clone().with_variables(variables));
         }
         if self.chat {
             let messages = [Message { role: "user".into(), content: text }];

@@ -175,8 +175,8 @@ impl Lines {
 /// A parsed file with overrides, and the mistakes found in it so far.
 pub(super) struct Document {
     origin: String,
-    /// Paths of required keys and sections that may be missing.
-    optional: &'static [&'static str],
+    /// Paths of the keys that the command does not use.
+    unused: &'static [&'static str],
     pub(super) root: DocumentNode,
     found: RefCell<Found>,
 }
@@ -206,17 +206,17 @@ impl Document {
         let spans = DeTable::parse(text).ok();
         let members = members(table, spans.as_ref().map(Spanned::get_ref), 1, &lines);
         let root = DocumentNode { kind: Kind::Table(members), place: Place::Line(1), text: None, syntax_error: None };
-        Ok(Self { origin: origin.into(), optional: &[], root, found: RefCell::default() })
+        Ok(Self { origin: origin.into(), unused: &[], root, found: RefCell::default() })
     }
 
-    /// Allows the required keys `optional` to be missing.
-    pub(super) fn with_optional(self, optional: &'static [&'static str]) -> Self {
-        Self { optional, ..self }
+    /// Sets the keys that the command does not use: they may be missing, and the files that they name may not exist.
+    pub(super) fn with_unused(self, unused: &'static [&'static str]) -> Self {
+        Self { unused, ..self }
     }
 
-    /// Returns whether the required key at `path` may be missing.
-    pub(super) fn is_optional(&self, path: &str) -> bool {
-        self.optional.contains(&path)
+    /// Returns whether the command uses the key at `path`.
+    pub(super) fn is_used(&self, path: &str) -> bool {
+        !self.unused.contains(&path)
     }
 
     /// Returns whether no mistake was found at any of `keys`.

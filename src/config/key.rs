@@ -286,7 +286,7 @@ impl<'a> Reader<'a> {
     pub(super) fn key<T: KeyType>(&mut self, name: &'static str, secret: bool, spec: Spec<T>) -> T {
         let Some(input) = self.input(name, secret) else {
             if let Absent::Refused(what) = spec.absent
-                && !self.document.is_optional(&format!("{}.{name}", self.path))
+                && self.document.is_used(&format!("{}.{name}", self.path))
             {
                 self.error(name, &format!("is missing; give {what}"));
             }

@@ -178,6 +178,10 @@ section! {
         [AcceptChange] weight: f64 = positive(1.0),
         /// For `likelihood`: uses the mean over tokens instead of the sum.
         [AcceptChange] length_normalise: bool = is(false),
+        /// For `likelihood`: weight w of the unconditional term in log P(completion | prompt) − w·log P(completion). A
+        /// lower weight favours fluent completions, a higher one rare words of the prompt. At 0 the term is not
+        /// computed, which saves the second forward pass.
+        [AcceptChange] unconditional_weight: f64 = is(1.0).from(0).to(1),
         /// Temperature τ of P(first is preferred) = σ(Δscore/τ), for preferences that are derived from scores.
         [AcceptChange] pair_temperature: f64 = positive(1.0),
         /// For `direct` and `pairwise`: template set of the questions: `summarization`, `helpful`, `harmless`, or a
@@ -227,6 +231,9 @@ fn check_method(method: &Method, reader: &Reader<'_>) {
     if method.length_normalise && method.kind != LabelerKind::Likelihood {
         reader.error("length_normalise", "serves type = \"likelihood\" only");
     }
+    if method.unconditional_weight < 1.0 && method.kind != LabelerKind::Likelihood {
+        reader.error("unconditional_weight", "serves type = \"likelihood\" only");
+    }
     if method.rationales > 1 && method.rationale_temperature == 0.0 {
         let message = "is 0, so that all rationales would be the same; set it to 0.3 to 1";
         reader.error("rationale_temperature", message);
@@ -256,7 +263,8 @@ fn named_or_file(word: String, names: &[&str], folder: &Path) -> Result<String, 
 choice! {
     /// Method of a judge.
     pub enum LabelerKind {
-        /// Scores by log P(completion | prompt) − log P(completion).
+        /// Scores by log P(completion | prompt) − log P(completion), the second term weighted by
+        /// `unconditional_weight`.
         Likelihood = "likelihood",
         /// Asks for a rating from 1 to 10.
         Direct = "direct",

@@ -77,6 +77,8 @@ section! {
         [Changeable] steps: u64 = required("the number of learner steps").from(1).to(STEPS).example("1000"),
         /// Writes TensorBoard event files to `tensorboard` in the run's folder.
         [Changeable] tensorboard: bool = is(true),
+        /// Number of groups of each step whose completions are written to `samples.jsonl`; 0 writes all.
+        [Changeable] samples_groups: usize = is(1),
         /// Size in bytes above which `samples.jsonl` is rotated to `samples.jsonl.1`; 0 disables rotation.
         [Changeable] samples_max_bytes: u64 = is(256 << 20),
         /// Number of rotated sample files that are kept.

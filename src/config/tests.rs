@@ -93,6 +93,11 @@ fn each_mistake_is_reported_with_its_place_and_remedy() {
     }
     check("[labeler]\ntype = \"direct\"\nlength_normalise = true\n", &["x.toml:10: labeler.length_normalise"]);
     check(
+        "[labeler]\ntype = \"direct\"\nunconditional_weight = 0\n",
+        &["x.toml:10: labeler.unconditional_weight: serves type = \"likelihood\" only"],
+    );
+    check("[labeler]\nunconditional_weight = 1.5\n", &["x.toml:9: labeler.unconditional_weight: 1.5 is out of range"]);
+    check(
         "[learner]\nalgorithm = \"rlo\"\n",
         &[
             "x.toml:9: learner.algorithm: \"rlo\" is not one of rloo, reinforce, ppo, grpo, online-dpo; did you mean \"rloo\"?",
@@ -572,4 +577,18 @@ fn workers_require_a_nats_server_and_nothing_of_rollouts_here() {
         let errors = errors(rollout, cluster);
         assert!(errors.contains(words), "{rollout} {cluster}: {errors}");
     }
+}
+
+/// A command that does not read the prompts accepts a configuration whose data are missing, and still refuses a value
+/// that names no data.
+#[test]
+fn data_that_a_command_does_not_use_may_be_missing() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |more: &str, unused| parse_partial(&format!("{MINIMAL}{more}"), ("x.toml", folder), &[], unused);
+    let pairs = "[reward_model]\npairs = \"none.jsonl\"\n";
+    let error = read(pairs, &[]).unwrap_err().to_string();
+    assert!(error.contains("reward_model.pairs: there is no file or folder"), "{error}");
+    let config = read(pairs, &["data.path", "reward_model.pairs"]).unwrap();
+    assert_eq!(config.reward_model.pairs.unwrap().to_string(), folder.join("none.jsonl").display().to_string());
+    assert!(read("[reward_model]\npairs = 1\n", &["reward_model.pairs"]).is_err());
 }

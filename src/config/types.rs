@@ -312,7 +312,8 @@ impl KeyType for DataRef {
             (Kind::Leaf(_), Some(_)) => Value::String(String::read(input)?),
             _ => input.node.value(),
         };
-        let data = Self::from_toml(&value).and_then(|data| data.below(input.folder));
+        let is_used = input.document.is_used(&input.path);
+        let data = Self::from_toml(&value).and_then(|data| data.below(input.folder, is_used));
         data.map_or_else(|message| input.error(&message), Some)
     }
     fn write(&self) -> Option<Value> {

@@ -123,6 +123,8 @@ pub struct RunFiles {
     dir: RunDir,
     metrics: Log,
     samples: RotatingLog,
+    /// Number of groups of a step that are written to the samples.
+    samples_groups: usize,
     phases: Log,
     journal: Option<Log>,
     /// Size in bytes from which the journal records no more steps; 0 for no limit.
@@ -158,6 +160,7 @@ impl RunFiles {
         Ok(Self {
             metrics,
             samples: RotatingLog::open(&dir.path.join(SAMPLES), step, limits)?,
+            samples_groups: if config.run.samples_groups == 0 { usize::MAX } else { config.run.samples_groups },
             phases: log("phases.jsonl", lengths.phases)?,
             journal,
             journal_max_bytes: config.checkpoint.journal_max_bytes,
@@ -199,7 +202,7 @@ impl RunFiles {
         journal.append(&journal::encode_accepted(&journal::AcceptedChanges { step, changes })?)
     }
 
-    /// Appends a step to the files: its figures to the metrics, its first group to the samples, its batch to the
+    /// Appends a step to the files: its figures to the metrics, its first groups to the samples, its batch to the
     /// journal. A step that is recorded again replaces its earlier lines.
     ///
     /// # Errors
@@ -228,7 +231,7 @@ impl RunFiles {
             _ => self.last_step = Some((step, lengths)),
         }
         let mut lines = String::new();
-        for group in done.batch.iter().take(1) {
+        for group in done.batch.iter().take(self.samples_groups) {
             for line in samples::lines(&record.0["step"], group) {
                 lines.push_str(&format!("{line}\n"));
             }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::common::{preceptor, stderr, train};
+use crate::common::{byte_policy, preceptor, stderr, train};
 
 /// Trains one step in `dir` on the rows in `name`, with `overrides`.
 fn train_on(dir: &Path, name: &str, rows: impl AsRef<[u8]>, overrides: &[&str]) -> std::process::Output {
@@ -216,6 +216,33 @@ fn files_of_several_formats_form_one_data_set() {
     let output = train(dir.path(), &["data.path=none/*.csv"]);
     assert_eq!(output.status.code(), Some(2));
     said(&output, &["data.path", "no file matches"]);
+}
+
+/// `generate --like` and `label` use the format of the prompts, not the file.
+#[test]
+fn commands_that_do_not_read_the_prompts_accept_a_configuration_without_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, _) = byte_policy(dir.path(), 1);
+    let text = format!(
+        "[run]\nname = \"x\"\nsteps = 1\n[data]\npath = \"none.jsonl\"\nchat = false\n[policy]\nmodel = \"{}\"\n[reward_model]\npairs = \"labels.jsonl\"\n",
+        model.display()
+    );
+    std::fs::write(dir.path().join("x.toml"), text).unwrap();
+    std::fs::write(dir.path().join("pairs.jsonl"), lines(&[json!({ "prompt": "a", "first": "b", "second": "c" })]))
+        .unwrap();
+    let ran = |arguments: &[&str]| preceptor(dir.path()).args(arguments).output().unwrap();
+    let model = model.display().to_string();
+    for arguments in [
+        &["generate", &model, "hi", "--like", "x.toml", "--max-new-tokens", "2"][..],
+        &["label", "x.toml", "--input", "pairs.jsonl", "--output", "labels.jsonl"],
+    ] {
+        let output = ran(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+    }
+    std::fs::remove_file(dir.path().join("labels.jsonl")).unwrap();
+    let output = ran(&["train", "x.toml"]);
+    assert_eq!(output.status.code(), Some(2));
+    said(&output, &["data.path: there is no file", "reward_model.pairs: there is no file"]);
 }
 
 /// Byte order marks and carriage returns are not passed to models or judges, as in Jinja and in Python's text files.

@@ -6,11 +6,13 @@ use candle_core::Device;
 use preceptor::lm::model::{Decoder, ModelConfig, Pack, Weights};
 use preceptor::lm::source::ModelFiles;
 use preceptor::lm::tokens::Tokenizer;
+use preceptor::pipeline::label::Labeler;
 use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, Usage};
 use preceptor::pipeline::label::judge::JudgeBackend;
+use preceptor::pipeline::label::likelihood::Likelihood;
 use preceptor::pipeline::label::local::{Judge, Local};
 use preceptor::pipeline::topology::labelers::labeler_on;
-use preceptor::types::{Completion, Finish, Group, Prompt};
+use preceptor::types::{Completion, Finish, Group, Prompt, Verdict};
 
 fn judge(chat: bool) -> Judge {
     let tokenizer = Tokenizer::bytes();
@@ -64,6 +66,54 @@ fn a_judges_probabilities_equal_those_of_a_pass_per_question() {
             }
         }
     }
+}
+
+/// Score = log P(completion | prompt) − w·log P(completion). With w = 0 neither the second pass nor an empty prompt is
+/// needed.
+#[test]
+fn the_likelihood_weighs_its_unconditional_term() {
+    let judge = judge(false);
+    let ids = |text: &str| judge.tokenizer.encode(text).unwrap();
+    let group = |blank: &[u32]| Group {
+        prompt: Prompt {
+            seq: 0,
+            epoch: 0,
+            row: 0,
+            text: "Prompt:".into(),
+            ids: ids("Prompt:").into(),
+            blank: blank.into(),
+            reference: None,
+        },
+        completions: ["one", "another one"]
+            .map(|text| Completion {
+                ids: ids(text),
+                logprobs: vec![],
+                versions: vec![],
+                finish: Finish::Eos,
+                text: text.into(),
+            })
+            .into(),
+    };
+    let label = |weight: f64, blank: &[u32]| {
+        let judge = judge.clone();
+        let labeler = Likelihood { judge, length_normalise: false, unconditional_weight: weight, temperature: 1.0 };
+        labeler.label(&group(blank))
+    };
+    let expected = |weight: f64, text: &str| {
+        probability(&judge, "Prompt:", text).ln() - weight * probability(&judge, ".", text).ln()
+    };
+    let mut tokens = Vec::new();
+    for weight in [1.0, 0.5, 0.0] {
+        let labels = label(weight, &ids(".")).unwrap();
+        for (verdict, text) in labels.scores.iter().zip(["one", "another one"]) {
+            let Verdict::Label(score) = verdict else { panic!("{verdict:?}") };
+            assert!((score - expected(weight, text)).abs() < 1e-3, "{weight}: {score} for {text:?}");
+        }
+        tokens.push(labels.usage.prompt_tokens);
+    }
+    assert!(tokens[0] == tokens[1] && tokens[2] < tokens[1], "{tokens:?}");
+    assert_eq!(label(0.0, &[]).unwrap().scores.len(), 2);
+    assert!(label(0.5, &[]).unwrap_err().to_string().contains("compares with an empty prompt"));
 }
 
 #[test]

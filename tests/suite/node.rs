@@ -5,9 +5,9 @@ use std::net::TcpStream;
 use std::process::Stdio;
 use std::time::Instant;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::common::{PATIENCE, config, metrics, preceptor, small, stderr, train, wait_until};
+use crate::common::{PATIENCE, byte_policy, config, metrics, preceptor, small, stderr, train, wait_until};
 
 #[test]
 fn a_synchronous_run_is_a_function_of_its_configuration() {
@@ -230,6 +230,49 @@ fn a_completion_ends_at_a_stop_string() {
         stopped += usize::from(sample["finish"] == "stop");
     }
     assert!(stopped > 0, "{samples}");
+}
+
+/// A file's first prompt has the completions that it has alone, and the file is in the order of its prompts.
+#[test]
+fn a_file_of_prompts_is_completed_with_one_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, _) = byte_policy(dir.path(), 3);
+    let model = model.to_str().unwrap();
+    let texts: Vec<String> = (0..20).map(|i| format!("Prompt {i}")).collect();
+    let rows: String = texts.iter().map(|text| json!({ "prompt": text }).to_string() + "\n").collect();
+    std::fs::write(dir.path().join("prompts.jsonl"), rows).unwrap();
+    let sampling = ["--samples", "2", "--seed", "5", "--max-new-tokens", "6"];
+    let generate = |arguments: &[&str]| {
+        preceptor(dir.path()).args(["generate", model]).args(arguments).args(sampling).output().unwrap()
+    };
+    let output = generate(&["--input", "prompts.jsonl", "--output", "out.jsonl"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let parsed = |text: &str| text.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<Value>>();
+    let found = parsed(&std::fs::read_to_string(dir.path().join("out.jsonl")).unwrap());
+    let prompts: Vec<&str> = found.iter().map(|line| line["prompt"].as_str().unwrap()).collect();
+    assert_eq!(prompts, texts.iter().flat_map(|text| [text.as_str(); 2]).collect::<Vec<_>>());
+    let alone = parsed(&String::from_utf8(generate(&["Prompt 0", "--json"]).stdout).unwrap());
+    for (alone, found) in alone.iter().zip(&found) {
+        assert_eq!(
+            [&alone["ids"], &alone["text"], &alone["finish"]],
+            [&found["ids"], &found["text"], &found["finish"]]
+        );
+    }
+    std::fs::write(dir.path().join("prompts.jsonl"), "{\"text\": 1}\n").unwrap();
+    let output = generate(&["--input", "prompts.jsonl", "--output", "out.jsonl"]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+}
+
+/// A step has four groups of four completions.
+#[test]
+fn samples_have_as_many_groups_of_each_step_as_configured() {
+    for (groups, lines) in [("1", 8), ("3", 24), ("0", 32), ("9", 32)] {
+        let dir = tempfile::tempdir().unwrap();
+        let output = train(dir.path(), &["run.steps=2", &format!("run.samples_groups={groups}")]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let samples = std::fs::read_to_string(dir.path().join("run/samples.jsonl")).unwrap();
+        assert_eq!(samples.lines().count(), lines, "{groups}");
+    }
 }
 
 #[test]

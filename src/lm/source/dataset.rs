@@ -99,11 +99,12 @@ impl DataRef {
         Self::from_toml(&table["data"])
     }
 
-    /// Makes paths relative to `folder`, and replaces a leading `~` by the home directory.
+    /// Makes paths relative to `folder`, and replaces a leading `~` by the home directory. A path may have no data only
+    /// if `must_exist` is false.
     ///
     /// # Errors
     /// If a path has no data, or begins with `~` and no home directory is known.
-    pub fn below(mut self, folder: &Path) -> Result<Self, String> {
+    pub fn below(mut self, folder: &Path, must_exist: bool) -> Result<Self, String> {
         for place in &mut self.0 {
             if let DataPlace::Path(path) = place {
                 let given = expand_home(path)?;
@@ -111,7 +112,9 @@ impl DataRef {
                 // The folder's own name must not be interpreted as a pattern.
                 let pattern = || Path::new(&glob::Pattern::escape(&folder.to_string_lossy())).join(&given);
                 *path = if joined.exists() { joined } else { pattern() };
-                expand(path).map_err(|error| format!("{error:#}"))?;
+                if must_exist {
+                    expand(path).map_err(|error| format!("{error:#}"))?;
+                }
             }
         }
         Ok(self)
@@ -223,7 +226,7 @@ mod tests {
         std::fs::create_dir(&folder).unwrap();
         std::fs::write(folder.join("a.jsonl"), "{}\n").unwrap();
         for text in ["'a.jsonl'", "'*.jsonl'"] {
-            let files = read(text).unwrap().below(&folder).unwrap().files(&ResolveOptions::default()).unwrap();
+            let files = read(text).unwrap().below(&folder, true).unwrap().files(&ResolveOptions::default()).unwrap();
             assert_eq!(files, [folder.join("a.jsonl")]);
         }
     }
@@ -232,9 +235,9 @@ mod tests {
     fn a_file_that_is_named_twice_is_rejected() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("a.jsonl"), "{}\n").unwrap();
-        let data = read("['a.jsonl', '*.jsonl']").unwrap().below(dir.path()).unwrap();
+        let data = read("['a.jsonl', '*.jsonl']").unwrap().below(dir.path(), true).unwrap();
         let error = data.files(&ResolveOptions::default()).unwrap_err().to_string();
         assert!(error.contains("a.jsonl is named twice"), "{error}");
-        assert!(read("'none.jsonl'").unwrap().below(dir.path()).unwrap_err().contains("none.jsonl"));
+        assert!(read("'none.jsonl'").unwrap().below(dir.path(), true).unwrap_err().contains("none.jsonl"));
     }
 }

@@ -7,16 +7,21 @@ use crate::config::{Config, LabelerKind};
 use crate::lm::source::{DataRef, ResolveOptions};
 use crate::pipeline::data::{Dataset, ModelBounds, Part, PromptFormat, ReadOptions, Rows, Split};
 
-/// Checks that an empty prompt has tokens if a likelihood judge is configured.
+/// Checks that an empty prompt has tokens if a likelihood judge with an unconditional term is configured.
 ///
 /// # Errors
 /// If it has none; the error names the settings to change.
 pub fn compares_with_blank(config: &Config, has_blank: bool) -> Result<()> {
     let evaluator = config.evaluation.labeler.iter().flat_map(|judge| judge.iter());
-    let compares = config.labeler.methods.iter().chain(evaluator).any(|method| method.kind == LabelerKind::Likelihood);
+    let compares = config
+        .labeler
+        .methods
+        .iter()
+        .chain(evaluator)
+        .any(|method| method.kind == LabelerKind::Likelihood && method.unconditional_weight > 0.0);
     ensure!(
         has_blank || !compares,
-        "labeler.type = \"likelihood\" compares with an empty prompt, which has no tokens here: the tokenizer has no token that begins or ends a text; set data.chat = true, or add text to data.instruction"
+        "labeler.type = \"likelihood\" compares with an empty prompt, which has no tokens here: the tokenizer has no token that begins or ends a text; set data.chat = true, add text to data.instruction, or set labeler.unconditional_weight = 0"
     );
     Ok(())
 }

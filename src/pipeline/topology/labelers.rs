@@ -101,6 +101,7 @@ fn method_labeler(config: &Config, method: &Method, judge: &JudgeBackend) -> Res
             return Ok(Box::new(Likelihood {
                 judge: local.judge().clone(),
                 length_normalise: method.length_normalise,
+                unconditional_weight: method.unconditional_weight,
                 temperature: config.rollout.temperature,
             }));
         }

@@ -19,7 +19,12 @@ pub(super) fn growth(config: &Config, data: &Dataset) -> Result<Vec<String>> {
     const EVENTS: f64 = 800.0;
     let group = longest_group(config, data)?;
     let samples = samples::lines(&json!(config.run.steps), &group);
-    let samples: usize = samples.iter().map(|line| line.to_string().len() + 1).sum();
+    let groups = config.learner.batch_groups as usize;
+    let written = match config.run.samples_groups {
+        0 => groups,
+        some => some.min(groups),
+    };
+    let samples: usize = written * samples.iter().map(|line| line.to_string().len() + 1).sum::<usize>();
     let journal = if config.checkpoint.journal {
         let groups = config.learner.batch_groups as f64;
         groups * journal::encode_step(config.run.steps, u64::MAX, std::slice::from_ref(&group))?.len() as f64
