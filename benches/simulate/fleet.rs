@@ -24,6 +24,8 @@ const EXPIRY_CHECK: Duration = Duration::from_secs(1);
 /// Number of results that the coordinator takes at once.
 const MOST: usize = 16;
 const LINEAGE: u64 = 1;
+/// Number of tokens of a prompt in the simulation, and where the cost is measured.
+const PROMPT: [usize; 2] = [8, 256];
 
 /// Deliberate violations of the rules, by which tests prove that the simulation would notice one.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -98,8 +100,10 @@ pub struct Setting {
     pub cuts: f64,
     /// Share of slow workers, and the factor by which they are slower.
     pub slow: (f64, f64),
-    /// Slow workers take no work.
-    pub slow_wait: bool,
+    /// A worker whose time per token is more than this multiple of the fleet's median takes no work.
+    pub slowest: Option<f64>,
+    /// Completions are continued by another worker from the last sign of life of a worker that died.
+    pub resumed: bool,
     /// Time in which a worker receives a version.
     pub transfer: Duration,
     /// Seed of all random draws.
@@ -150,8 +154,6 @@ pub struct Outcome {
     pub groups: u64,
     /// Steps.
     pub steps: u64,
-    /// Real time of the rules on the coordinator's side.
-    pub coordinator: Duration,
     /// Simulated time.
     pub time: Duration,
 }
@@ -161,6 +163,57 @@ pub fn simulate(setting: &Setting) -> Outcome {
     let mut simulation = Simulation::new(setting);
     simulation.run();
     simulation.outcome()
+}
+
+/// Real cost of a group to the coordinator, with messages of their full size.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Cost {
+    /// Time of the rules on the coordinator's side, without the broker, the network and the disk.
+    pub time: Duration,
+    /// Size in bytes of the messages with the prompt, and of those with the completions.
+    pub bytes: (usize, usize),
+}
+
+/// Measures the coordinator's work on a group: the fastest of `batches` batches.
+pub fn cost(setting: &Setting, batches: u64) -> Cost {
+    let setting = Setting { eta: 0, steps: batches, ..setting.clone() };
+    let limits = QueueLimits { lease: setting.lease, messages: 1_000_000, bytes: MAX_MESSAGE };
+    let (mut work, mut results) = (LeasedQueue::new("work", limits), LeasedQueue::new("results", limits));
+    let mut coordinator = Coordinator::new(&setting);
+    coordinator.prompt = PROMPT[1];
+    let mut cost = Cost { time: Duration::MAX, bytes: (0, 0) };
+    for version in 0..batches {
+        let now = Duration::from_secs(version);
+        let began = Instant::now();
+        coordinator.admit(&mut work, now);
+        let mut spent = began.elapsed();
+        let mut bytes = (0, 0);
+        loop {
+            let pulled = work.pull(MOST, now);
+            if pulled.is_empty() {
+                break;
+            }
+            for delivered in pulled {
+                bytes.0 += delivered.body.len();
+                let asked: Work = decode(&delivered.body).expect("work is readable");
+                let done = result(&asked, "worker", (version, version), |seed| setting.lengths.of(seed) as usize);
+                let body = encode(&done).expect("a result is encodable");
+                bytes.1 += body.len();
+                results.offer(&format!("{}-worker", asked.seq), body.into(), now).expect("the results' queue has room");
+                work.acknowledge(delivered.lease, now).expect("the lease has begun now");
+            }
+            let began = Instant::now();
+            coordinator.collect(&mut work, &mut results, now);
+            spent += began.elapsed();
+        }
+        let began = Instant::now();
+        coordinator.publish((version + 1) * setting.batch);
+        spent += began.elapsed();
+        coordinator.ready.clear();
+        cost.time = cost.time.min(spent / setting.batch as u32);
+        cost.bytes = (bytes.0 / setting.batch as usize, bytes.1 / setting.batch as usize);
+    }
+    cost
 }
 
 struct Random(u64);
@@ -179,12 +232,47 @@ impl Random {
     }
 }
 
-/// An event in the queue, which orders events by their time alone.
-struct Scheduled(Event);
+#[derive(Debug, Clone, Copy)]
+enum Event {
+    /// The learner has trained on a group.
+    Trained,
+    /// Leases may have expired.
+    Expiry,
+    /// A worker, in this life, has received a version.
+    Received(u32, u32, u64),
+    /// A worker has sampled all completions of its work.
+    Sampled(u32, u32),
+    /// A worker acknowledges work.
+    Acknowledged(u32, u32, LeaseId),
+    /// A worker gives a sign of life for its work.
+    Extended(u32, u32, LeaseId),
+    /// A worker dies.
+    Died(u32, u32),
+    /// A worker loses its connection to the broker.
+    Cut(u32, u32),
+    /// A worker is connected again.
+    Connected(u32, u32),
+}
+
+/// Scheduled events. Those that are scheduled a fixed time ahead are in order already, and need no heap.
+#[derive(Default)]
+struct Events {
+    scheduled: u64,
+    heap: BinaryHeap<Reverse<Scheduled>>,
+    acknowledged: VecDeque<Scheduled>,
+    received: VecDeque<Scheduled>,
+}
+
+/// An event at a time in nanoseconds. Events at the same time are in the order in which they were scheduled.
+struct Scheduled {
+    nanos: u64,
+    number: u64,
+    event: Event,
+}
 
 impl PartialEq for Scheduled {
-    fn eq(&self, _: &Self) -> bool {
-        true
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
     }
 }
 
@@ -197,47 +285,57 @@ impl PartialOrd for Scheduled {
 }
 
 impl Ord for Scheduled {
-    fn cmp(&self, _: &Self) -> Ordering {
-        Ordering::Equal
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.nanos, self.number).cmp(&(other.nanos, other.number))
     }
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Event {
-    /// The learner has trained on a group.
-    Trained,
-    /// Leases may have expired.
-    Expiry,
-    /// A worker, in this life, has received a version.
-    Received(usize, u64, u64),
-    /// A worker has sampled all completions of its work.
-    Sampled(usize, u64),
-    /// A worker acknowledges work.
-    Acknowledged(usize, u64, LeaseId),
-    /// A worker gives a sign of life for its work.
-    Extended(usize, u64, LeaseId),
-    /// A worker dies.
-    Died(usize, u64),
-    /// A worker loses its connection to the broker.
-    Cut(usize, u64),
-    /// A worker is connected again.
-    Connected(usize, u64),
+impl Events {
+    fn schedule(&mut self, at: Duration, event: Event) {
+        self.scheduled += 1;
+        let scheduled = Scheduled { nanos: at.as_nanos() as u64, number: self.scheduled, event };
+        match event {
+            Event::Acknowledged(..) => self.acknowledged.push_back(scheduled),
+            Event::Received(..) => self.received.push_back(scheduled),
+            _ => self.heap.push(Reverse(scheduled)),
+        }
+    }
+
+    fn next(&mut self) -> Option<(Duration, Event)> {
+        let key = |one: &Scheduled| (one.nanos, one.number);
+        let heads = [self.heap.peek().map(|one| &one.0), self.acknowledged.front(), self.received.front()];
+        let (first, _) = heads.iter().enumerate().filter_map(|(i, one)| Some((i, key((*one)?)))).min_by_key(|one| one.1)?;
+        let next = match first {
+            0 => self.heap.pop()?.0,
+            1 => self.acknowledged.pop_front()?,
+            _ => self.received.pop_front()?,
+        };
+        Some((Duration::from_nanos(next.nanos), next.event))
+    }
 }
 
 /// Work of a worker.
 struct Item {
     lease: LeaseId,
     work: Work,
-    /// Time and version of the beginning, once the weights are new enough.
-    began: Option<(Duration, u64)>,
+    began: Option<Begun>,
+}
+
+/// Beginning of a worker's work, once its weights are new enough.
+#[derive(Clone, Copy)]
+struct Begun {
+    at: Duration,
+    /// Version of the first token.
+    version: u64,
+    /// Number of tokens of each completion that another worker had sampled.
+    before: f64,
 }
 
 #[derive(Default)]
 struct Worker {
     /// Number of the process in this place.
-    life: u64,
+    life: u32,
     token_s: f64,
-    slow: bool,
     version: Option<u64>,
     receiving: bool,
     cut: bool,
@@ -250,15 +348,17 @@ struct Simulation<'a> {
     setting: &'a Setting,
     token_s: f64,
     now: Duration,
-    /// Events by time in nanoseconds, and by the order in which they were scheduled.
-    events: BinaryHeap<Reverse<(u64, u64, Scheduled)>>,
-    scheduled: u64,
+    events: Events,
     random: Random,
     work: LeasedQueue,
     results: LeasedQueue,
     workers: Vec<Worker>,
+    /// Time per token above which a worker takes no work.
+    limit_s: f64,
+    /// Tokens of each completion, and the version of the first, at the last sign of life of unfinished work.
+    signs: HashMap<u64, (f64, u64)>,
     /// Workers that wait for work, with their lives, in the order in which they asked.
-    idle: VecDeque<(usize, u64)>,
+    idle: VecDeque<(u32, u32)>,
     coordinator: Coordinator,
     /// The group that the learner works on.
     training: Option<Ready>,
@@ -278,12 +378,13 @@ impl<'a> Simulation<'a> {
             setting,
             token_s: setting.token_s(),
             now: Duration::ZERO,
-            events: BinaryHeap::new(),
-            scheduled: 0,
+            events: Events::default(),
             random: Random(seed::mix(setting.seed)),
             work: LeasedQueue::new("work", limits),
             results: LeasedQueue::new("results", limits),
             workers: Vec::new(),
+            limit_s: f64::INFINITY,
+            signs: HashMap::new(),
             idle: VecDeque::new(),
             coordinator: Coordinator::new(setting),
             training: None,
@@ -297,16 +398,21 @@ impl<'a> Simulation<'a> {
     }
 
     fn run(&mut self) {
-        for place in 0..self.setting.workers {
+        for place in 0..self.setting.workers as u32 {
             self.workers.push(Worker::default());
             self.join(place);
+        }
+        if let Some(slowest) = self.setting.slowest {
+            let mut times: Vec<f64> = self.workers.iter().map(|worker| worker.token_s).collect();
+            times.sort_unstable_by(f64::total_cmp);
+            self.limit_s = slowest * times[times.len() / 2];
         }
         self.coordinator.admit(&mut self.work, self.now);
         self.after(EXPIRY_CHECK, Event::Expiry);
         // A run that makes no progress for this long has lost a group.
         let patience = 20 * (self.setting.step + self.setting.lease) + 50 * self.setting.transfer;
-        while let Some(Reverse((nanos, _, Scheduled(event)))) = self.events.pop() {
-            self.now = Duration::from_nanos(nanos);
+        while let Some((now, event)) = self.events.next() {
+            self.now = now;
             if self.outcome.groups == self.setting.groups() || self.now > self.progress + patience {
                 break;
             }
@@ -315,9 +421,7 @@ impl<'a> Simulation<'a> {
     }
 
     fn after(&mut self, wait: Duration, event: Event) {
-        self.scheduled += 1;
-        let nanos = (self.now + wait).as_nanos() as u64;
-        self.events.push(Reverse((nanos, self.scheduled, Scheduled(event))));
+        self.events.schedule(self.now + wait, event);
     }
 
     fn handle(&mut self, event: Event) {
@@ -328,7 +432,7 @@ impl<'a> Simulation<'a> {
                 self.dispatch();
             }
             Event::Received(place, life, version) if self.lives(place, life) => {
-                let worker = &mut self.workers[place];
+                let worker = &mut self.workers[place as usize];
                 let first = worker.version.replace(version).is_none();
                 worker.receiving = false;
                 self.receive(place);
@@ -343,35 +447,37 @@ impl<'a> Simulation<'a> {
                 let _ = self.work.acknowledge(lease, self.now);
             }
             Event::Extended(place, life, lease) if self.lives(place, life) => {
-                let worker = &self.workers[place];
-                if worker.item.as_ref().is_some_and(|item| item.lease == lease) {
-                    if !worker.cut {
-                        let _ = self.work.extend(lease, self.now);
+                let worker = &self.workers[place as usize];
+                let Some(item) = worker.item.as_ref().filter(|item| item.lease == lease) else { return };
+                if !worker.cut {
+                    if let (true, Some(begun)) = (self.setting.resumed, item.began) {
+                        let tokens = begun.before + (self.now - begun.at).as_secs_f64() / worker.token_s;
+                        self.signs.insert(item.work.seq, (tokens, begun.version));
                     }
-                    self.after(self.setting.lease / 3, event);
+                    let _ = self.work.extend(lease, self.now);
                 }
+                self.after(self.setting.lease / 3, event);
             }
             Event::Died(place, life) if self.lives(place, life) => {
                 self.outcome.deaths += 1;
-                if let Some(Item { work, began: Some((began, _)), .. }) = self.workers[place].item.take() {
-                    let (passed, token_s) = ((self.now - began).as_secs_f64(), self.workers[place].token_s);
-                    let lengths = work.seeds.iter().map(|seed| self.setting.lengths.of(*seed));
-                    self.sampled += lengths.map(|length| length.min(passed / token_s)).sum::<f64>();
+                if let Some(Item { work, began: Some(begun), .. }) = self.workers[place as usize].item.take() {
+                    let tokens = begun.before + (self.now - begun.at).as_secs_f64() / self.workers[place as usize].token_s;
+                    self.count(&work, begun.before, tokens);
                 }
                 self.join(place);
             }
             Event::Cut(place, life) if self.lives(place, life) => {
-                self.workers[place].cut = true;
+                self.workers[place as usize].cut = true;
                 self.after(self.setting.lease * 3 / 2, Event::Connected(place, life));
             }
             Event::Connected(place, life) if self.lives(place, life) => {
-                self.workers[place].cut = false;
+                self.workers[place as usize].cut = false;
                 if let Some(wait) = self.random.wait(self.setting.cuts) {
                     self.after(wait, Event::Cut(place, life));
                 }
-                if let Some((done, lease)) = self.workers[place].kept.take() {
+                if let Some((done, lease)) = self.workers[place as usize].kept.take() {
                     self.hand_over(place, &done, lease);
-                } else if self.workers[place].item.is_none() {
+                } else if self.workers[place as usize].item.is_none() {
                     self.ask(place);
                 }
             }
@@ -379,16 +485,16 @@ impl<'a> Simulation<'a> {
         }
     }
 
-    fn lives(&self, place: usize, life: u64) -> bool {
-        self.workers[place].life == life
+    fn lives(&self, place: u32, life: u32) -> bool {
+        self.workers[place as usize].life == life
     }
 
     /// Starts a new worker.
-    fn join(&mut self, place: usize) {
+    fn join(&mut self, place: u32) {
         let slow = self.random.uniform() < self.setting.slow.0;
-        let life = self.workers[place].life + 1;
+        let life = self.workers[place as usize].life + 1;
         let token_s = self.token_s * if slow { self.setting.slow.1 } else { 1.0 };
-        self.workers[place] = Worker { life, token_s, slow, ..Worker::default() };
+        self.workers[place as usize] = Worker { life, token_s, ..Worker::default() };
         for (rate, event) in
             [(self.setting.deaths, Event::Died(place, life)), (self.setting.cuts, Event::Cut(place, life))]
         {
@@ -400,9 +506,9 @@ impl<'a> Simulation<'a> {
     }
 
     /// Begins to fetch the newest version, if the worker does not have it. It samples meanwhile.
-    fn receive(&mut self, place: usize) {
+    fn receive(&mut self, place: u32) {
         let newest = self.coordinator.gate.version();
-        let worker = &mut self.workers[place];
+        let worker = &mut self.workers[place as usize];
         if !worker.receiving && worker.version.is_none_or(|version| version < newest) {
             worker.receiving = true;
             self.outcome.transfers += 1;
@@ -412,9 +518,10 @@ impl<'a> Simulation<'a> {
     }
 
     /// A worker asks for work.
-    fn ask(&mut self, place: usize) {
-        let worker = &self.workers[place];
-        if worker.version.is_none() || worker.item.is_some() || worker.slow && self.setting.slow_wait {
+    fn ask(&mut self, place: u32) {
+        let worker = &self.workers[place as usize];
+        // Its first version has arrived, so the worker has measured its own speed.
+        if worker.version.is_none() || worker.item.is_some() || worker.token_s > self.limit_s {
             return;
         }
         self.idle.push_back((place, worker.life));
@@ -426,7 +533,7 @@ impl<'a> Simulation<'a> {
         while self.work.depth(self.now).waiting > 0
             && let Some((place, life)) = self.idle.pop_front()
         {
-            let worker = &self.workers[place];
+            let worker = &self.workers[place as usize];
             if worker.life != life || worker.cut || worker.item.is_some() {
                 continue;
             }
@@ -435,7 +542,7 @@ impl<'a> Simulation<'a> {
             if self.setting.violation == Violation::EarlyAcknowledgement {
                 let _ = self.work.acknowledge(delivered.lease, self.now);
             }
-            self.workers[place].item = Some(Item { lease: delivered.lease, work, began: None });
+            self.workers[place as usize].item = Some(Item { lease: delivered.lease, work, began: None });
             let lasts = self.begin(place);
             let interval = self.setting.lease / 3;
             if lasts.is_none_or(|lasts| lasts > interval) {
@@ -445,50 +552,46 @@ impl<'a> Simulation<'a> {
     }
 
     /// Begins a worker's work if its weights are new enough. Returns how long it takes.
-    fn begin(&mut self, place: usize) -> Option<Duration> {
-        let worker = &mut self.workers[place];
+    fn begin(&mut self, place: u32) -> Option<Duration> {
+        let worker = &mut self.workers[place as usize];
         let (item, version) = (worker.item.as_mut()?, worker.version?);
         let may = item.work.min_version <= version || self.setting.violation == Violation::AnyVersion;
         if item.began.is_some() || !may {
             return None;
         }
-        item.began = Some((self.now, version));
+        let (before, version) = self.signs.get(&item.work.seq).copied().unwrap_or((0.0, version));
+        item.began = Some(Begun { at: self.now, version, before });
         let longest = item.work.seeds.iter().map(|seed| self.setting.lengths.of(*seed)).fold(0.0, f64::max);
-        let (life, lasts) = (worker.life, Duration::from_secs_f64(longest * worker.token_s));
+        let (life, lasts) = (worker.life, Duration::from_secs_f64((longest - before).max(0.0) * worker.token_s));
         self.after(lasts, Event::Sampled(place, life));
         Some(lasts)
     }
 
+    /// Counts the tokens of `work` that a worker sampled, from the `from`th to the `to`th of each completion.
+    fn count(&mut self, work: &Work, from: f64, to: f64) {
+        let lengths = work.seeds.iter().map(|seed| self.setting.lengths.of(*seed));
+        self.sampled += lengths.map(|length| length.min(to) - length.min(from)).sum::<f64>();
+    }
+
     /// Ends a worker's work and hands the result over.
-    fn finish_work(&mut self, place: usize) {
-        let worker = &mut self.workers[place];
-        let Some(Item { lease, work, began: Some((_, first)) }) = worker.item.take() else { return };
-        let last = worker.version.unwrap_or(first);
-        let completions = work.seeds.iter().map(|seed| {
-            self.sampled += self.setting.lengths.of(*seed);
-            // The message has the first and the last token only. Their ids are the seed, by which the coordinator's side
-            // checks that it got the completion that it asked for.
-            let ids = vec![*seed as u32, (*seed >> 32) as u32];
-            Answer { ids, logprobs: vec![-1.0; 2], versions: vec![first, last], finish: Finish::Eos }
-        });
-        let done = Done {
-            lineage: LINEAGE,
-            seq: work.seq,
-            worker: format!("worker-{place}-{}", worker.life),
-            completions: completions.collect(),
-            fingerprints: if first == last { vec![(first, first)] } else { vec![(first, first), (last, last)] },
-        };
+    fn finish_work(&mut self, place: u32) {
+        let worker = &mut self.workers[place as usize];
+        let Some(Item { lease, work, began: Some(begun) }) = worker.item.take() else { return };
+        let versions = (begun.version, worker.version.unwrap_or(begun.version));
+        let done = result(&work, &format!("worker-{place}-{}", worker.life), versions, |_| 2);
         match worker.cut {
             true => worker.kept = Some((done, lease)),
             false => self.hand_over(place, &done, lease),
         }
+        self.signs.remove(&work.seq);
+        self.count(&work, begun.before, f64::INFINITY);
     }
 
-    fn hand_over(&mut self, place: usize, done: &Done, lease: LeaseId) {
+    fn hand_over(&mut self, place: u32, done: &Done, lease: LeaseId) {
         let body = encode(done).expect("a result is encodable");
         let id = format!("{}-{}", done.seq, done.worker);
         self.results.offer(&id, body.into(), self.now).expect("the results' queue has room");
-        let life = self.workers[place].life;
+        let life = self.workers[place as usize].life;
         self.after(MESSAGE, Event::Acknowledged(place, life, lease));
         self.coordinator.collect(&mut self.work, &mut self.results, self.now);
         self.train();
@@ -522,7 +625,7 @@ impl<'a> Simulation<'a> {
             if self.outcome.steps == self.setting.warm_up {
                 self.measured_from = self.now;
             }
-            for place in 0..self.workers.len() {
+            for place in 0..self.workers.len() as u32 {
                 self.receive(place);
             }
             self.coordinator.admit(&mut self.work, self.now);
@@ -542,9 +645,28 @@ impl<'a> Simulation<'a> {
         self.outcome.doubled = self.trained.iter().filter(|times| **times > 1).count() as u64;
         self.outcome.repeated = coordinator.repeated;
         self.outcome.refused = coordinator.refused;
-        self.outcome.coordinator = coordinator.spent;
         self.outcome.time = self.progress;
         self.outcome
+    }
+}
+
+/// Returns a worker's result of `work`, with completions of `length` tokens. The first two ids are the seed, by which the
+/// coordinator's side checks that it got the completion that it asked for.
+fn result(work: &Work, worker: &str, (first, last): (u64, u64), length: impl Fn(u64) -> usize) -> Done {
+    let completions = work.seeds.iter().map(|seed| {
+        let tokens = length(*seed).max(2);
+        let mut ids = vec![30_000; tokens];
+        (ids[0], ids[1]) = (*seed as u32, (*seed >> 32) as u32);
+        let mut versions = vec![first; tokens];
+        versions[tokens / 2..].fill(last);
+        Answer { ids, logprobs: vec![-1.0; tokens], versions, finish: Finish::Eos }
+    });
+    Done {
+        lineage: LINEAGE,
+        seq: work.seq,
+        worker: worker.to_owned(),
+        completions: completions.collect(),
+        fingerprints: if first == last { vec![(first, first)] } else { vec![(first, first), (last, last)] },
     }
 }
 
@@ -559,6 +681,7 @@ struct Ready {
 /// The coordinator's side: gate, ledger, and the order of rewards.
 struct Coordinator {
     setting: Setting,
+    prompt: usize,
     rule: Admission,
     gate: AdmissionGate,
     ledger: Ledger,
@@ -573,7 +696,6 @@ struct Coordinator {
     used: f64,
     repeated: u64,
     refused: u64,
-    spent: Duration,
 }
 
 impl Coordinator {
@@ -581,6 +703,7 @@ impl Coordinator {
         let rule = Admission { eta: setting.eta, batch: setting.batch };
         Self {
             setting: setting.clone(),
+            prompt: PROMPT[0],
             rule,
             gate: AdmissionGate::new(rule, 0, 0),
             ledger: Ledger::default(),
@@ -592,7 +715,6 @@ impl Coordinator {
             used: 0.0,
             repeated: 0,
             refused: 0,
-            spent: Duration::ZERO,
         }
     }
 
@@ -606,7 +728,6 @@ impl Coordinator {
 
     /// Admits the groups that the gate lets start, and offers their work.
     fn admit(&mut self, queue: &mut LeasedQueue, now: Duration) {
-        let began = Instant::now();
         while self.gate.admitted() < self.setting.groups()
             && let Some(seq) = self.gate.try_admit(1)
         {
@@ -620,7 +741,7 @@ impl Coordinator {
                     lineage: LINEAGE,
                     seq: seq * self.parts() + part,
                     min_version: self.rule.min_version(seq),
-                    ids: vec![1; 8],
+                    ids: vec![1; self.prompt],
                     seeds: (first..first + self.setting.part).map(|k| self.seed(seq, k)).collect(),
                 };
                 let body = encode(&work).expect("work is encodable");
@@ -629,18 +750,15 @@ impl Coordinator {
                 self.open.insert(work.seq, work);
             }
         }
-        self.spent += began.elapsed();
     }
 
     /// Takes the results that wait.
     fn collect(&mut self, queue: &mut LeasedQueue, results: &mut LeasedQueue, now: Duration) {
-        let began = Instant::now();
         for delivered in results.pull(MOST, now) {
             let done: Done = decode(&delivered.body).expect("a result is readable");
             self.take(queue, done, now);
             results.acknowledge(delivered.lease, now).expect("the lease of a result has begun now");
         }
-        self.spent += began.elapsed();
     }
 
     fn take(&mut self, queue: &mut LeasedQueue, done: Done, now: Duration) {
@@ -648,7 +766,7 @@ impl Coordinator {
             self.repeated += 1;
             return;
         };
-        let bounds = Bounds { rows: usize::MAX, max_new_tokens: 2 };
+        let bounds = Bounds { rows: usize::MAX, max_new_tokens: self.setting.lengths.longest as usize };
         let unchecked = self.setting.violation == Violation::AnyVersion;
         if !unchecked && done.check(work, &bounds).is_err() {
             self.refused += 1;
@@ -678,7 +796,7 @@ impl Coordinator {
             text: String::new(),
         };
         let completions = sampled.into_iter().map(one).collect();
-        let group = Group { prompt: Prompt::new(seq, "", vec![1; 8]), completions };
+        let group = Group { prompt: Prompt::new(seq, "", vec![1; self.prompt]), completions };
         self.ledger.generated(&group);
         self.generated.insert(seq, group);
         while let Some(group) = self.generated.remove(&self.rewarded) {
@@ -687,7 +805,7 @@ impl Coordinator {
             let seq = rewarded.group.prompt.seq;
             let foreign = |(k, completion): &(usize, &Completion)| {
                 let seed = self.seed(seq, *k);
-                completion.ids != [seed as u32, (seed >> 32) as u32]
+                completion.ids[..2] != [seed as u32, (seed >> 32) as u32]
             };
             let completions = &rewarded.group.completions;
             self.ready.push_back(Ready {
@@ -701,9 +819,7 @@ impl Coordinator {
 
     /// Counts a step: all groups below `end` are trained.
     fn publish(&mut self, end: u64) {
-        let began = Instant::now();
         self.ledger.train(end).expect("all groups of the batch have rewards");
         self.gate.set_version(end / self.setting.batch);
-        self.spent += began.elapsed();
     }
 }
