@@ -53,18 +53,18 @@ fn main() {
     let (rows, variants) = (rows(), variants());
     let (outcomes_of_rows, outcomes_of_variants) = (outcomes(&rows), outcomes(&variants));
     let seconds = began.elapsed().as_secs_f64();
-    let page = format!(
-        "{}\n{}\nThe two rows took {goal_s:.0} s, all of this page {seconds:.0} s, on {}.\n\n{}\n{}\n{}\n{}\n{}\n{}",
-        include_str!("simulate/introduction.md"),
-        table(&goal_rows, &goal_outcomes, true),
-        machine(),
-        include_str!("simulate/staleness.md"),
-        table(&rows, &outcomes_of_rows, false),
-        include_str!("simulate/limits.md"),
-        table(&variants, &outcomes_of_variants, true),
-        include_str!("simulate/cost.md"),
-        costs(),
-    );
+    let mut page = include_str!("simulate/page.txt").to_owned();
+    for (mark, text) in [
+        ("{goal}\n", table(&goal_rows, &goal_outcomes, true) + "\n"),
+        ("{rows}\n", table(&rows, &outcomes_of_rows, false) + "\n"),
+        ("{variants}\n", table(&variants, &outcomes_of_variants, true) + "\n"),
+        ("{costs}\n", costs()),
+        ("{goal seconds}", format!("{goal_s:.0}")),
+        ("{seconds}", format!("{seconds:.0}")),
+        ("{machine}", machine()),
+    ] {
+        page = page.replace(mark, &text);
+    }
     println!("{page}");
     std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/SIMULATION.md"), page).expect("the page is written");
 }
