@@ -167,14 +167,17 @@ fn table(rows: &[Row], outcomes: &[Outcome], labels: bool) -> String {
         if labels {
             write!(text, "| {} ", row.label).expect("a string is writable");
         }
+        write!(text, "| {} | {} | {} | {} ", setting.workers, setting.group, row.weights.0, setting.eta)
+            .expect("a string is writable");
+        if outcome.stalled {
+            writeln!(text, "| no group in an hour | – | – | {} | – | – | – | – |", outcome.groups)
+                .expect("a string is writable");
+            continue;
+        }
         let per_step = outcome.transfers as f64 * row.weights.1 / outcome.steps.max(1) as f64;
         writeln!(
             text,
-            "| {} | {} | {} | {} | {:.1} % | {:.1} % | {}, {:.2} | {} | {} | {} | {} | {} |",
-            setting.workers,
-            setting.group,
-            row.weights.0,
-            setting.eta,
+            "| {:.1} % | {:.1} % | {}, {:.2} | {} | {} | {} | {} | {} |",
             100.0 * outcome.share,
             100.0 * outcome.redone,
             outcome.oldest,

@@ -136,8 +136,10 @@ pub struct Outcome {
     pub oldest: u64,
     /// Mean age in versions of the trained completions' oldest tokens.
     pub age: f64,
-    /// Groups that were not trained.
+    /// Groups that were not trained by the end.
     pub lost: u64,
+    /// The simulation ended because no group was trained for a long time.
+    pub stalled: bool,
     /// Groups that were trained more than once.
     pub doubled: u64,
     /// Completions that are not those of the group's prompt.
@@ -413,7 +415,8 @@ impl<'a> Simulation<'a> {
         let patience = 20 * (self.setting.step + self.setting.lease) + 50 * self.setting.transfer;
         while let Some((now, event)) = self.events.next() {
             self.now = now;
-            if self.outcome.groups == self.setting.groups() || self.now > self.progress + patience {
+            self.outcome.stalled = self.now > self.progress + patience;
+            if self.outcome.groups == self.setting.groups() || self.outcome.stalled {
                 break;
             }
             self.handle(event);
