@@ -143,7 +143,8 @@ fn outcomes(rows: &[Row]) -> Vec<Outcome> {
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                while let Some((i, row)) = Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, rows.get(i)?)))
+                while let Some((i, row)) =
+                    Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, rows.get(i)?)))
                 {
                     let outcome = simulate(&row.setting);
                     eprintln!("{} of {}: {outcome:?}", i + 1, rows.len());
@@ -202,7 +203,8 @@ fn costs() -> String {
         let cost = cost(&Setting { group, part, batch: 64, ..setting(1000, 4) }, 20);
         let micros = cost.time.as_secs_f64() * 1e6;
         let (prompts, completions) = (size(cost.bytes.0 as f64), size(cost.bytes.1 as f64));
-        writeln!(text, "| {group} | {part} | {micros:.0} µs | {prompts} | {completions} |").expect("a string is writable");
+        writeln!(text, "| {group} | {part} | {micros:.0} µs | {prompts} | {completions} |")
+            .expect("a string is writable");
     }
     text
 }

@@ -306,7 +306,8 @@ impl Events {
     fn next(&mut self) -> Option<(Duration, Event)> {
         let key = |one: &Scheduled| (one.nanos, one.number);
         let heads = [self.heap.peek().map(|one| &one.0), self.acknowledged.front(), self.received.front()];
-        let (first, _) = heads.iter().enumerate().filter_map(|(i, one)| Some((i, key((*one)?)))).min_by_key(|one| one.1)?;
+        let (first, _) =
+            heads.iter().enumerate().filter_map(|(i, one)| Some((i, key((*one)?)))).min_by_key(|one| one.1)?;
         let next = match first {
             0 => self.heap.pop()?.0,
             1 => self.acknowledged.pop_front()?,
@@ -464,7 +465,8 @@ impl<'a> Simulation<'a> {
             Event::Died(place, life) if self.lives(place, life) => {
                 self.outcome.deaths += 1;
                 if let Some(Item { work, began: Some(begun), .. }) = self.workers[place as usize].item.take() {
-                    let tokens = begun.before + (self.now - begun.at).as_secs_f64() / self.workers[place as usize].token_s;
+                    let tokens =
+                        begun.before + (self.now - begun.at).as_secs_f64() / self.workers[place as usize].token_s;
                     self.count(&work, begun.before, tokens);
                 }
                 self.join(place);
