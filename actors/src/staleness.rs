@@ -30,6 +30,12 @@ impl Admission {
         let limit = self.eta.saturating_add(version).saturating_add(1).saturating_mul(self.batch);
         limit.saturating_sub(accepted_plus_running)
     }
+
+    /// Returns the oldest version that the group with this index may start with: ⌊index/B⌋ − η. It depends on the index alone,
+    /// so that issuing a group again changes nothing.
+    pub fn min_version(&self, index: u64) -> u64 {
+        (index / self.batch.max(1)).saturating_sub(self.eta)
+    }
 }
 
 /// Admission rule with its state, shared between the source that asks and the learner that publishes versions.
@@ -42,6 +48,16 @@ struct Inner {
     admitted: u64,
     version: u64,
     waiting: Vec<Waker>,
+}
+
+impl Inner {
+    fn admit(&mut self, rule: Admission, n: u64) -> Option<u64> {
+        let first = self.admitted;
+        (rule.room(first, self.version) >= n).then(|| {
+            self.admitted += n;
+            first
+        })
+    }
 }
 
 impl AdmissionGate {
@@ -65,9 +81,7 @@ impl AdmissionGate {
             }
             let waiting = {
                 let mut inner = self.lock();
-                if self.rule.room(inner.admitted, inner.version) >= n {
-                    let first = inner.admitted;
-                    inner.admitted += n;
+                if let Some(first) = inner.admit(self.rule, n) {
                     break Ok(first);
                 }
                 let (waker, waiting) = ctx.waiter();
@@ -83,6 +97,11 @@ impl AdmissionGate {
             ctx.enter(before);
         }
         result
+    }
+
+    /// Admits `n` groups if they may start now, and returns the index of the first.
+    pub fn try_admit(&self, n: u64) -> Option<u64> {
+        self.lock().admit(self.rule, n)
     }
 
     /// Reports that the learner has reached `version`, and wakes the waiting sources.
@@ -132,7 +151,9 @@ mod tests {
                         assert_eq!(room > 0, rule.may_start(started.len() as u64, version));
                         started.extend(std::iter::repeat_n(version, random(room + 1) as usize));
                     } else if started.len() as u64 >= (version + 1) * batch {
-                        for born in &started[(version * batch) as usize..((version + 1) * batch) as usize] {
+                        let first = version * batch;
+                        assert_eq!(rule.min_version(first), version.saturating_sub(eta));
+                        for born in &started[first as usize..(first + batch) as usize] {
                             assert!(version - born <= eta, "a group of version {born} was trained at {version}");
                         }
                         version += 1;

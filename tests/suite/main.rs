@@ -34,6 +34,7 @@ mod running;
 mod secrets;
 mod served;
 mod sharing;
+mod simulation;
 mod smollm2;
 mod templates;
 mod tidy;

@@ -308,7 +308,7 @@ impl Coordinator {
 
     /// Returns the oldest version that group `seq` may begin with: ⌊seq/B⌋ − η.
     pub(super) fn min_version(&self, seq: u64) -> u64 {
-        (seq / self.plan.admission.batch.max(1)).saturating_sub(self.plan.admission.eta)
+        self.plan.admission.min_version(seq)
     }
 
     /// Offers the work on a group. If the transport is not available, it is offered later.

@@ -300,7 +300,7 @@ impl Fleet {
     /// Returns the oldest version that group number `seq` may start with, so that no token is older than η versions when the
     /// group is trained on: ⌊seq/B⌋ − η.
     pub(super) fn min_version(&self, seq: u64) -> u64 {
-        (seq / self.plan.admission.batch.max(1)).saturating_sub(self.plan.admission.eta)
+        self.plan.admission.min_version(seq)
     }
 
     /// Returns prompts and completions of recent groups, or the example if there are none yet.

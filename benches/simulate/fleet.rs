@@ -1,0 +1,830 @@
+//! Discrete-event simulation of a run whose completions are sampled by workers that come and go.
+//!
+//! The rules are those of the program: the admission gate, the ledger, the queues with leases, and the messages with their
+//! checks. Only durations are simulated, and the instants at which workers die, lose their connection and join. One thread
+//! handles the events in the order of their times; the clock of the runtime's tests (`Clock::simulated`) needs a thread for
+//! each worker, and takes minutes for the same number of groups.
+
+use std::cmp::{Ordering, Reverse};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use preceptor::pipeline::cluster::protocol::{Answer, Bounds, Done, MAX_MESSAGE, Work, decode, encode};
+use preceptor::pipeline::generate::Sampled;
+use preceptor::rl::ledger::Ledger;
+use preceptor::types::{Completion, Finish, Group, Prompt, RewardScale, Rewarded};
+use preceptor::util::seed;
+use preceptor_actors::transport::{LeaseId, LeasedQueue, QueueLimits};
+use preceptor_actors::{Admission, AdmissionGate};
+
+/// Time of a message from a worker to the coordinator, and between a worker's result and its acknowledgement of the work.
+const MESSAGE: Duration = Duration::from_millis(50);
+/// Time between two checks for work whose lease has expired.
+const EXPIRY_CHECK: Duration = Duration::from_secs(1);
+/// Number of results that the coordinator takes at once.
+const MOST: usize = 16;
+const LINEAGE: u64 = 1;
+/// Number of tokens of a prompt in the simulation, and where the cost is measured.
+const PROMPT: [usize; 2] = [8, 256];
+
+/// Deliberate violations of the rules, by which tests prove that the simulation would notice one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Violation {
+    /// The rules hold.
+    #[default]
+    None,
+    /// Workers acknowledge work when they begin it, and not when its result is handed over.
+    EarlyAcknowledgement,
+    /// Workers begin work with any weights, and the coordinator accepts it.
+    AnyVersion,
+}
+
+/// Lengths of completions in tokens: log-normal with a maximum.
+#[derive(Debug, Clone, Copy)]
+pub struct Lengths {
+    /// Median without the maximum.
+    pub median: f64,
+    /// Standard deviation of the logarithm.
+    pub sigma: f64,
+    /// Maximum (`rollout.max_new_tokens`).
+    pub longest: f64,
+}
+
+impl Lengths {
+    /// Returns the length of the completion with this seed. A completion that is sampled again has the same length.
+    fn of(&self, seed: u64) -> f64 {
+        let uniform = |x: u64| (seed::mix(x) >> 11) as f64 / (1u64 << 53) as f64;
+        let (a, b) = (1.0 - uniform(seed), uniform(!seed));
+        let normal = (-2.0 * a.ln()).sqrt() * (2.0 * std::f64::consts::PI * b).cos();
+        (self.median * (self.sigma * normal).exp()).clamp(1.0, self.longest)
+    }
+
+    /// Returns the mean of the longest of `n` completions.
+    pub fn mean_of_longest(&self, n: usize) -> f64 {
+        const DRAWS: usize = 20_000;
+        let longest = |i: usize| {
+            (0..n).map(|k| self.of(seed::completion(77, i as u64, k))).fold(0.0, |longest: f64, one| longest.max(one))
+        };
+        (0..DRAWS).map(longest).sum::<f64>() / DRAWS as f64
+    }
+}
+
+/// A simulated run.
+#[derive(Debug, Clone)]
+pub struct Setting {
+    /// Number of workers; one that dies is replaced at once by another, which has to fetch the weights first.
+    pub workers: usize,
+    /// Staleness bound η.
+    pub eta: u64,
+    /// Groups of a batch.
+    pub batch: u64,
+    /// Completions of a group.
+    pub group: usize,
+    /// Completions of one message of work. A worker samples those of one message at a time.
+    pub part: usize,
+    /// Number of steps.
+    pub steps: u64,
+    /// Number of first steps in which the rate is not measured.
+    pub warm_up: u64,
+    /// Time of the learner for a batch.
+    pub step: Duration,
+    /// Lease of work.
+    pub lease: Duration,
+    /// Completions per second of all workers without losses and waiting, as a multiple of what the learner consumes.
+    pub capacity: f64,
+    /// Lengths of completions.
+    pub lengths: Lengths,
+    /// Share of the workers that die per minute.
+    pub deaths: f64,
+    /// Share of the workers that lose their connection for 1.5 leases per minute.
+    pub cuts: f64,
+    /// Share of slow workers, and the factor by which they are slower.
+    pub slow: (f64, f64),
+    /// A worker whose time per token is more than this multiple of the fleet's median takes no work.
+    pub slowest: Option<f64>,
+    /// Completions are continued by another worker from the last sign of life of a worker that died.
+    pub resumed: bool,
+    /// Time in which a worker receives a version.
+    pub transfer: Duration,
+    /// Seed of all random draws.
+    pub seed: u64,
+    /// Violation of the rules.
+    pub violation: Violation,
+}
+
+impl Setting {
+    fn groups(&self) -> u64 {
+        self.steps * self.batch
+    }
+
+    /// Returns the time per token in seconds of a worker that is not slow.
+    pub fn token_s(&self) -> f64 {
+        let workers = self.workers as f64 * (1.0 - self.slow.0 + self.slow.0 / self.slow.1);
+        let parts = self.batch as f64 * (self.group / self.part) as f64;
+        workers * self.step.as_secs_f64() / (self.capacity * parts * self.lengths.mean_of_longest(self.part))
+    }
+}
+
+/// Result of a simulated run.
+#[derive(Debug, Clone, Default)]
+pub struct Outcome {
+    /// Rate of the learner as a share of its rate without waiting.
+    pub share: f64,
+    /// Sampled tokens that were not used, as a share of those that were.
+    pub redone: f64,
+    /// Largest age in versions of a trained completion's oldest token.
+    pub oldest: u64,
+    /// Mean age in versions of the trained completions' oldest tokens.
+    pub age: f64,
+    /// Groups that were not trained by the end.
+    pub lost: u64,
+    /// The simulation ended because no group was trained for a long time.
+    pub stalled: bool,
+    /// Groups that were trained more than once.
+    pub doubled: u64,
+    /// Completions that are not those of the group's prompt.
+    pub foreign: u64,
+    /// Results of work that had a result.
+    pub repeated: u64,
+    /// Results that were refused.
+    pub refused: u64,
+    /// Deaths of workers.
+    pub deaths: u64,
+    /// Transfers of a version to a worker.
+    pub transfers: u64,
+    /// Trained groups.
+    pub groups: u64,
+    /// Steps.
+    pub steps: u64,
+    /// Simulated time.
+    pub time: Duration,
+}
+
+/// Simulates a run.
+pub fn simulate(setting: &Setting) -> Outcome {
+    let mut simulation = Simulation::new(setting);
+    simulation.run();
+    simulation.outcome()
+}
+
+/// Real cost of a group to the coordinator, with messages of their full size.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Cost {
+    /// Time of the rules on the coordinator's side, without the broker, the network and the disk.
+    pub time: Duration,
+    /// Size in bytes of the messages with the prompt, and of those with the completions.
+    pub bytes: (usize, usize),
+}
+
+/// Measures the coordinator's work on a group: the fastest of `batches` batches.
+pub fn cost(setting: &Setting, batches: u64) -> Cost {
+    let setting = Setting { eta: 0, steps: batches, ..setting.clone() };
+    let limits = QueueLimits { lease: setting.lease, messages: 1_000_000, bytes: MAX_MESSAGE };
+    let (mut work, mut results) = (LeasedQueue::new("work", limits), LeasedQueue::new("results", limits));
+    let mut coordinator = Coordinator::new(&setting);
+    coordinator.prompt = PROMPT[1];
+    let mut cost = Cost { time: Duration::MAX, bytes: (0, 0) };
+    for version in 0..batches {
+        let now = Duration::from_secs(version);
+        let began = Instant::now();
+        coordinator.admit(&mut work, now);
+        let mut spent = began.elapsed();
+        let mut bytes = (0, 0);
+        loop {
+            let pulled = work.pull(MOST, now);
+            if pulled.is_empty() {
+                break;
+            }
+            for delivered in pulled {
+                bytes.0 += delivered.body.len();
+                let asked: Work = decode(&delivered.body).expect("work is readable");
+                let done = result(&asked, "worker", (version, version), |seed| setting.lengths.of(seed) as usize);
+                let body = encode(&done).expect("a result is encodable");
+                bytes.1 += body.len();
+                results.offer(&format!("{}-worker", asked.seq), body.into(), now).expect("the results' queue has room");
+                work.acknowledge(delivered.lease, now).expect("the lease has begun now");
+            }
+            let began = Instant::now();
+            coordinator.collect(&mut work, &mut results, now);
+            spent += began.elapsed();
+        }
+        let began = Instant::now();
+        coordinator.publish((version + 1) * setting.batch);
+        spent += began.elapsed();
+        coordinator.ready.clear();
+        cost.time = cost.time.min(spent / setting.batch as u32);
+        cost.bytes = (bytes.0 / setting.batch as usize, bytes.1 / setting.batch as usize);
+    }
+    cost
+}
+
+struct Random(u64);
+
+impl Random {
+    /// Returns a number from 0 to 1, without 0.
+    fn uniform(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(1);
+        1.0 - (seed::mix(self.0) >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Returns the time to the next event of a Poisson process, if its rate per minute is above zero.
+    fn wait(&mut self, per_minute: f64) -> Option<Duration> {
+        let uniform = self.uniform();
+        (per_minute > 0.0).then(|| Duration::from_secs_f64(-60.0 * uniform.ln() / per_minute))
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Event {
+    /// The learner has trained on a group.
+    Trained,
+    /// Leases may have expired.
+    Expiry,
+    /// A worker, in this life, has received a version.
+    Received(u32, u32, u64),
+    /// A worker has sampled all completions of its work.
+    Sampled(u32, u32),
+    /// A worker acknowledges work.
+    Acknowledged(u32, u32, LeaseId),
+    /// A worker gives a sign of life for its work.
+    Extended(u32, u32, LeaseId),
+    /// A worker dies.
+    Died(u32, u32),
+    /// A worker loses its connection to the broker.
+    Cut(u32, u32),
+    /// A worker is connected again.
+    Connected(u32, u32),
+}
+
+/// Scheduled events. Those that are scheduled a fixed time ahead are in order already, and need no heap.
+#[derive(Default)]
+struct Events {
+    scheduled: u64,
+    heap: BinaryHeap<Reverse<Scheduled>>,
+    acknowledged: VecDeque<Scheduled>,
+    received: VecDeque<Scheduled>,
+}
+
+/// An event at a time in nanoseconds. Events at the same time are in the order in which they were scheduled.
+struct Scheduled {
+    nanos: u64,
+    number: u64,
+    event: Event,
+}
+
+impl PartialEq for Scheduled {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Scheduled {}
+
+impl PartialOrd for Scheduled {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Scheduled {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.nanos, self.number).cmp(&(other.nanos, other.number))
+    }
+}
+
+impl Events {
+    fn schedule(&mut self, at: Duration, event: Event) {
+        self.scheduled += 1;
+        let scheduled = Scheduled { nanos: at.as_nanos() as u64, number: self.scheduled, event };
+        match event {
+            Event::Acknowledged(..) => self.acknowledged.push_back(scheduled),
+            Event::Received(..) => self.received.push_back(scheduled),
+            _ => self.heap.push(Reverse(scheduled)),
+        }
+    }
+
+    fn next(&mut self) -> Option<(Duration, Event)> {
+        let key = |one: &Scheduled| (one.nanos, one.number);
+        let heads = [self.heap.peek().map(|one| &one.0), self.acknowledged.front(), self.received.front()];
+        let (first, _) =
+            heads.iter().enumerate().filter_map(|(i, one)| Some((i, key((*one)?)))).min_by_key(|one| one.1)?;
+        let next = match first {
+            0 => self.heap.pop()?.0,
+            1 => self.acknowledged.pop_front()?,
+            _ => self.received.pop_front()?,
+        };
+        Some((Duration::from_nanos(next.nanos), next.event))
+    }
+}
+
+/// Work of a worker.
+struct Item {
+    lease: LeaseId,
+    work: Work,
+    began: Option<Begun>,
+}
+
+/// Beginning of a worker's work, once its weights are new enough.
+#[derive(Clone, Copy)]
+struct Begun {
+    at: Duration,
+    /// Version of the first token.
+    version: u64,
+    /// Number of tokens of each completion that another worker had sampled.
+    before: f64,
+}
+
+#[derive(Default)]
+struct Worker {
+    /// Number of the process in this place.
+    life: u32,
+    token_s: f64,
+    version: Option<u64>,
+    receiving: bool,
+    cut: bool,
+    item: Option<Item>,
+    /// A result that could not be handed over, with the lease of its work.
+    kept: Option<(Done, LeaseId)>,
+}
+
+struct Simulation<'a> {
+    setting: &'a Setting,
+    token_s: f64,
+    now: Duration,
+    events: Events,
+    random: Random,
+    work: LeasedQueue,
+    results: LeasedQueue,
+    workers: Vec<Worker>,
+    /// Time per token above which a worker takes no work.
+    limit_s: f64,
+    /// Tokens of each completion, and the version of the first, at the last sign of life of unfinished work.
+    signs: HashMap<u64, (f64, u64)>,
+    /// Workers that wait for work, with their lives, in the order in which they asked.
+    idle: VecDeque<(u32, u32)>,
+    coordinator: Coordinator,
+    /// The group that the learner works on.
+    training: Option<Ready>,
+    /// How often each group was trained.
+    trained: Vec<u8>,
+    progress: Duration,
+    measured_from: Duration,
+    sampled: f64,
+    ages: f64,
+    outcome: Outcome,
+}
+
+impl<'a> Simulation<'a> {
+    fn new(setting: &'a Setting) -> Self {
+        let limits = QueueLimits { lease: setting.lease, messages: 1_000_000, bytes: MAX_MESSAGE };
+        Self {
+            setting,
+            token_s: setting.token_s(),
+            now: Duration::ZERO,
+            events: Events::default(),
+            random: Random(seed::mix(setting.seed)),
+            work: LeasedQueue::new("work", limits),
+            results: LeasedQueue::new("results", limits),
+            workers: Vec::new(),
+            limit_s: f64::INFINITY,
+            signs: HashMap::new(),
+            idle: VecDeque::new(),
+            coordinator: Coordinator::new(setting),
+            training: None,
+            trained: vec![0; setting.groups() as usize],
+            progress: Duration::ZERO,
+            measured_from: Duration::ZERO,
+            sampled: 0.0,
+            ages: 0.0,
+            outcome: Outcome::default(),
+        }
+    }
+
+    fn run(&mut self) {
+        for place in 0..self.setting.workers as u32 {
+            self.workers.push(Worker::default());
+            self.join(place);
+        }
+        if let Some(slowest) = self.setting.slowest {
+            let mut times: Vec<f64> = self.workers.iter().map(|worker| worker.token_s).collect();
+            times.sort_unstable_by(f64::total_cmp);
+            self.limit_s = slowest * times[times.len() / 2];
+        }
+        self.coordinator.admit(&mut self.work, self.now);
+        self.after(EXPIRY_CHECK, Event::Expiry);
+        // A run that makes no progress for this long has lost a group.
+        let patience = 20 * (self.setting.step + self.setting.lease) + 50 * self.setting.transfer;
+        while let Some((now, event)) = self.events.next() {
+            self.now = now;
+            self.outcome.stalled = self.now > self.progress + patience;
+            if self.outcome.groups == self.setting.groups() || self.outcome.stalled {
+                break;
+            }
+            self.handle(event);
+        }
+    }
+
+    fn after(&mut self, wait: Duration, event: Event) {
+        self.events.schedule(self.now + wait, event);
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Trained => self.finish_training(),
+            Event::Expiry => {
+                self.after(EXPIRY_CHECK, Event::Expiry);
+                self.dispatch();
+            }
+            Event::Received(place, life, version) if self.lives(place, life) => {
+                let worker = &mut self.workers[place as usize];
+                let first = worker.version.replace(version).is_none();
+                worker.receiving = false;
+                self.receive(place);
+                if first {
+                    self.ask(place);
+                }
+                self.begin(place);
+            }
+            Event::Sampled(place, life) if self.lives(place, life) => self.finish_work(place),
+            Event::Acknowledged(place, life, lease) if self.lives(place, life) => {
+                // If the lease has expired, the work is done again, and its second result is dropped.
+                let _ = self.work.acknowledge(lease, self.now);
+            }
+            Event::Extended(place, life, lease) if self.lives(place, life) => {
+                let worker = &self.workers[place as usize];
+                let Some(item) = worker.item.as_ref().filter(|item| item.lease == lease) else { return };
+                if !worker.cut {
+                    if let (true, Some(begun)) = (self.setting.resumed, item.began) {
+                        let tokens = begun.before + (self.now - begun.at).as_secs_f64() / worker.token_s;
+                        self.signs.insert(item.work.seq, (tokens, begun.version));
+                    }
+                    let _ = self.work.extend(lease, self.now);
+                }
+                self.after(self.setting.lease / 3, event);
+            }
+            Event::Died(place, life) if self.lives(place, life) => {
+                self.outcome.deaths += 1;
+                if let Some(Item { work, began: Some(begun), .. }) = self.workers[place as usize].item.take() {
+                    let tokens =
+                        begun.before + (self.now - begun.at).as_secs_f64() / self.workers[place as usize].token_s;
+                    self.count(&work, begun.before, tokens);
+                }
+                self.join(place);
+            }
+            Event::Cut(place, life) if self.lives(place, life) => {
+                self.workers[place as usize].cut = true;
+                self.after(self.setting.lease * 3 / 2, Event::Connected(place, life));
+            }
+            Event::Connected(place, life) if self.lives(place, life) => {
+                self.workers[place as usize].cut = false;
+                if let Some(wait) = self.random.wait(self.setting.cuts) {
+                    self.after(wait, Event::Cut(place, life));
+                }
+                if let Some((done, lease)) = self.workers[place as usize].kept.take() {
+                    self.hand_over(place, &done, lease);
+                } else if self.workers[place as usize].item.is_none() {
+                    self.ask(place);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn lives(&self, place: u32, life: u32) -> bool {
+        self.workers[place as usize].life == life
+    }
+
+    /// Starts a new worker.
+    fn join(&mut self, place: u32) {
+        let slow = self.random.uniform() < self.setting.slow.0;
+        let life = self.workers[place as usize].life + 1;
+        let token_s = self.token_s * if slow { self.setting.slow.1 } else { 1.0 };
+        self.workers[place as usize] = Worker { life, token_s, ..Worker::default() };
+        for (rate, event) in
+            [(self.setting.deaths, Event::Died(place, life)), (self.setting.cuts, Event::Cut(place, life))]
+        {
+            if let Some(wait) = self.random.wait(rate) {
+                self.after(wait, event);
+            }
+        }
+        self.receive(place);
+    }
+
+    /// Begins to fetch the newest version, if the worker does not have it. It samples meanwhile.
+    fn receive(&mut self, place: u32) {
+        let newest = self.coordinator.gate.version();
+        let worker = &mut self.workers[place as usize];
+        if !worker.receiving && worker.version.is_none_or(|version| version < newest) {
+            worker.receiving = true;
+            self.outcome.transfers += 1;
+            let life = worker.life;
+            self.after(self.setting.transfer, Event::Received(place, life, newest));
+        }
+    }
+
+    /// A worker asks for work.
+    fn ask(&mut self, place: u32) {
+        let worker = &self.workers[place as usize];
+        // Its first version has arrived, so the worker has measured its own speed.
+        if worker.version.is_none() || worker.item.is_some() || worker.token_s > self.limit_s {
+            return;
+        }
+        self.idle.push_back((place, worker.life));
+        self.dispatch();
+    }
+
+    /// Gives waiting work to the workers that wait for it.
+    fn dispatch(&mut self) {
+        while self.work.depth(self.now).waiting > 0
+            && let Some((place, life)) = self.idle.pop_front()
+        {
+            let worker = &self.workers[place as usize];
+            if worker.life != life || worker.cut || worker.item.is_some() {
+                continue;
+            }
+            let Some(delivered) = self.work.pull(1, self.now).pop() else { return };
+            let work: Work = decode(&delivered.body).expect("work is readable");
+            if self.setting.violation == Violation::EarlyAcknowledgement {
+                let _ = self.work.acknowledge(delivered.lease, self.now);
+            }
+            self.workers[place as usize].item = Some(Item { lease: delivered.lease, work, began: None });
+            let lasts = self.begin(place);
+            let interval = self.setting.lease / 3;
+            if lasts.is_none_or(|lasts| lasts > interval) {
+                self.after(interval, Event::Extended(place, life, delivered.lease));
+            }
+        }
+    }
+
+    /// Begins a worker's work if its weights are new enough. Returns how long it takes.
+    fn begin(&mut self, place: u32) -> Option<Duration> {
+        let worker = &mut self.workers[place as usize];
+        let (item, version) = (worker.item.as_mut()?, worker.version?);
+        let may = item.work.min_version <= version || self.setting.violation == Violation::AnyVersion;
+        if item.began.is_some() || !may {
+            return None;
+        }
+        let (before, version) = self.signs.get(&item.work.seq).copied().unwrap_or((0.0, version));
+        item.began = Some(Begun { at: self.now, version, before });
+        let longest = item.work.seeds.iter().map(|seed| self.setting.lengths.of(*seed)).fold(0.0, f64::max);
+        let (life, lasts) = (worker.life, Duration::from_secs_f64((longest - before).max(0.0) * worker.token_s));
+        self.after(lasts, Event::Sampled(place, life));
+        Some(lasts)
+    }
+
+    /// Counts the tokens of `work` that a worker sampled, from the `from`th to the `to`th of each completion.
+    fn count(&mut self, work: &Work, from: f64, to: f64) {
+        let lengths = work.seeds.iter().map(|seed| self.setting.lengths.of(*seed));
+        self.sampled += lengths.map(|length| length.min(to) - length.min(from)).sum::<f64>();
+    }
+
+    /// Ends a worker's work and hands the result over.
+    fn finish_work(&mut self, place: u32) {
+        let worker = &mut self.workers[place as usize];
+        let Some(Item { lease, work, began: Some(begun) }) = worker.item.take() else { return };
+        let versions = (begun.version, worker.version.unwrap_or(begun.version));
+        let done = result(&work, &format!("worker-{place}-{}", worker.life), versions, |_| 2);
+        match worker.cut {
+            true => worker.kept = Some((done, lease)),
+            false => self.hand_over(place, &done, lease),
+        }
+        self.signs.remove(&work.seq);
+        self.count(&work, begun.before, f64::INFINITY);
+    }
+
+    fn hand_over(&mut self, place: u32, done: &Done, lease: LeaseId) {
+        let body = encode(done).expect("a result is encodable");
+        let id = format!("{}-{}", done.seq, done.worker);
+        self.results.offer(&id, body.into(), self.now).expect("the results' queue has room");
+        let life = self.workers[place as usize].life;
+        self.after(MESSAGE, Event::Acknowledged(place, life, lease));
+        self.coordinator.collect(&mut self.work, &mut self.results, self.now);
+        self.train();
+        self.ask(place);
+    }
+
+    /// Lets the learner begin with the next group, if it is ready.
+    fn train(&mut self) {
+        if self.training.is_none()
+            && let Some(ready) = self.coordinator.ready.pop_front()
+        {
+            self.training = Some(ready);
+            self.after(self.setting.step / self.setting.batch as u32, Event::Trained);
+        }
+    }
+
+    fn finish_training(&mut self) {
+        let Some(ready) = self.training.take() else { return };
+        let version = self.coordinator.gate.version();
+        self.progress = self.now;
+        self.outcome.groups += 1;
+        self.outcome.foreign += ready.foreign;
+        self.trained[ready.seq as usize] += 1;
+        for born in &ready.versions {
+            self.outcome.oldest = self.outcome.oldest.max(version - born);
+            self.ages += (version - born) as f64;
+        }
+        if (ready.seq + 1).is_multiple_of(self.setting.batch) {
+            self.coordinator.publish(ready.seq + 1);
+            self.outcome.steps += 1;
+            if self.outcome.steps == self.setting.warm_up {
+                self.measured_from = self.now;
+            }
+            for place in 0..self.workers.len() as u32 {
+                self.receive(place);
+            }
+            self.coordinator.admit(&mut self.work, self.now);
+            self.dispatch();
+        }
+        self.train();
+    }
+
+    fn outcome(mut self) -> Outcome {
+        let (setting, coordinator) = (self.setting, &self.coordinator);
+        let steps = self.outcome.steps.saturating_sub(setting.warm_up);
+        let time = (self.progress - self.measured_from).as_secs_f64();
+        self.outcome.share = steps as f64 * setting.step.as_secs_f64() / time.max(f64::MIN_POSITIVE);
+        self.outcome.redone = self.sampled / coordinator.used.max(1.0) - 1.0;
+        self.outcome.age = self.ages / (self.outcome.groups * setting.group as u64).max(1) as f64;
+        self.outcome.lost = self.trained.iter().filter(|times| **times == 0).count() as u64;
+        self.outcome.doubled = self.trained.iter().filter(|times| **times > 1).count() as u64;
+        self.outcome.repeated = coordinator.repeated;
+        self.outcome.refused = coordinator.refused;
+        self.outcome.time = self.progress;
+        self.outcome
+    }
+}
+
+/// Returns a worker's result of `work`, with completions of `length` tokens. The first two ids are the seed, by which the
+/// coordinator's side checks that it got the completion that it asked for.
+fn result(work: &Work, worker: &str, (first, last): (u64, u64), length: impl Fn(u64) -> usize) -> Done {
+    let completions = work.seeds.iter().map(|seed| {
+        let tokens = length(*seed).max(2);
+        let mut ids = vec![30_000; tokens];
+        (ids[0], ids[1]) = (*seed as u32, (*seed >> 32) as u32);
+        let mut versions = vec![first; tokens];
+        versions[tokens / 2..].fill(last);
+        Answer { ids, logprobs: vec![-1.0; tokens], versions, finish: Finish::Eos }
+    });
+    Done {
+        lineage: LINEAGE,
+        seq: work.seq,
+        worker: worker.to_owned(),
+        completions: completions.collect(),
+        fingerprints: if first == last { vec![(first, first)] } else { vec![(first, first), (last, last)] },
+    }
+}
+
+/// A group that can be trained.
+struct Ready {
+    seq: u64,
+    /// Version of the first token of each completion.
+    versions: Vec<u64>,
+    foreign: u64,
+}
+
+/// The coordinator's side: gate, ledger, and the order of rewards.
+struct Coordinator {
+    setting: Setting,
+    prompt: usize,
+    rule: Admission,
+    gate: AdmissionGate,
+    ledger: Ledger,
+    /// Work that has no result yet, by its number. With `part` < `group`, a group is several numbers.
+    open: HashMap<u64, Work>,
+    /// Completions of groups of which not all parts have arrived.
+    partial: HashMap<u64, Vec<Option<Vec<Sampled>>>>,
+    /// Complete groups that wait for the rewards of an earlier one.
+    generated: BTreeMap<u64, Group>,
+    rewarded: u64,
+    ready: VecDeque<Ready>,
+    used: f64,
+    repeated: u64,
+    refused: u64,
+}
+
+impl Coordinator {
+    fn new(setting: &Setting) -> Self {
+        let rule = Admission { eta: setting.eta, batch: setting.batch };
+        Self {
+            setting: setting.clone(),
+            prompt: PROMPT[0],
+            rule,
+            gate: AdmissionGate::new(rule, 0, 0),
+            ledger: Ledger::default(),
+            open: HashMap::new(),
+            partial: HashMap::new(),
+            generated: BTreeMap::new(),
+            rewarded: 0,
+            ready: VecDeque::new(),
+            used: 0.0,
+            repeated: 0,
+            refused: 0,
+        }
+    }
+
+    fn parts(&self) -> u64 {
+        (self.setting.group / self.setting.part) as u64
+    }
+
+    fn seed(&self, seq: u64, completion: usize) -> u64 {
+        seed::completion(self.setting.seed, seq, completion)
+    }
+
+    /// Admits the groups that the gate lets start, and offers their work.
+    fn admit(&mut self, queue: &mut LeasedQueue, now: Duration) {
+        while self.gate.admitted() < self.setting.groups()
+            && let Some(seq) = self.gate.try_admit(1)
+        {
+            if !self.ledger.admit(seq) {
+                continue;
+            }
+            self.partial.insert(seq, vec![None; self.parts() as usize]);
+            for part in 0..self.parts() {
+                let first = part as usize * self.setting.part;
+                let work = Work {
+                    lineage: LINEAGE,
+                    seq: seq * self.parts() + part,
+                    min_version: self.rule.min_version(seq),
+                    ids: vec![1; self.prompt],
+                    seeds: (first..first + self.setting.part).map(|k| self.seed(seq, k)).collect(),
+                };
+                let body = encode(&work).expect("work is encodable");
+                let id = format!("{LINEAGE:016x}-{}-0", work.seq);
+                queue.offer(&id, body.into(), now).expect("the queue of work has room");
+                self.open.insert(work.seq, work);
+            }
+        }
+    }
+
+    /// Takes the results that wait.
+    fn collect(&mut self, queue: &mut LeasedQueue, results: &mut LeasedQueue, now: Duration) {
+        for delivered in results.pull(MOST, now) {
+            let done: Done = decode(&delivered.body).expect("a result is readable");
+            self.take(queue, done, now);
+            results.acknowledge(delivered.lease, now).expect("the lease of a result has begun now");
+        }
+    }
+
+    fn take(&mut self, queue: &mut LeasedQueue, done: Done, now: Duration) {
+        let Some(work) = self.open.get(&done.seq) else {
+            self.repeated += 1;
+            return;
+        };
+        let bounds = Bounds { rows: usize::MAX, max_new_tokens: self.setting.lengths.longest as usize };
+        let unchecked = self.setting.violation == Violation::AnyVersion;
+        if !unchecked && done.check(work, &bounds).is_err() {
+            self.refused += 1;
+            let body = encode(work).expect("work is encodable");
+            let id = format!("{LINEAGE:016x}-{}-{}", work.seq, self.refused);
+            queue.offer(&id, body.into(), now).expect("the queue of work has room");
+            return;
+        }
+        self.used += work.seeds.iter().map(|seed| self.setting.lengths.of(*seed)).sum::<f64>();
+        self.open.remove(&done.seq);
+        let (seq, part) = (done.seq / self.parts(), done.seq % self.parts());
+        let partial = self.partial.get_mut(&seq).expect("a group with open work is incomplete");
+        partial[part as usize] = Some(done.into_sampled());
+        if partial.iter().all(Option::is_some) {
+            let sampled = self.partial.remove(&seq).into_iter().flatten().flatten().flatten();
+            self.complete(seq, sampled.collect());
+        }
+    }
+
+    /// Records a complete group, and the rewards of all groups that are complete without a gap.
+    fn complete(&mut self, seq: u64, sampled: Vec<Sampled>) {
+        let one = |sampled: Sampled| Completion {
+            ids: sampled.ids,
+            logprobs: sampled.logprobs,
+            versions: sampled.versions,
+            finish: sampled.finish.unwrap_or(Finish::Eos),
+            text: String::new(),
+        };
+        let completions = sampled.into_iter().map(one).collect();
+        let group = Group { prompt: Prompt::new(seq, "", vec![1; self.prompt]), completions };
+        self.ledger.generated(&group);
+        self.generated.insert(seq, group);
+        while let Some(group) = self.generated.remove(&self.rewarded) {
+            let rewarded = Rewarded::new(group, RewardScale::default());
+            self.ledger.rewarded(&rewarded).expect("rewards are in order");
+            let seq = rewarded.group.prompt.seq;
+            let foreign = |(k, completion): &(usize, &Completion)| {
+                let seed = self.seed(seq, *k);
+                completion.ids[..2] != [seed as u32, (seed >> 32) as u32]
+            };
+            let completions = &rewarded.group.completions;
+            self.ready.push_back(Ready {
+                seq,
+                versions: completions.iter().map(Completion::oldest_version).collect(),
+                foreign: completions.iter().enumerate().filter(foreign).count() as u64,
+            });
+            self.rewarded += 1;
+        }
+    }
+
+    /// Counts a step: all groups below `end` are trained.
+    fn publish(&mut self, end: u64) {
+        self.ledger.train(end).expect("all groups of the batch have rewards");
+        self.gate.set_version(end / self.setting.batch);
+    }
+}
