@@ -25,6 +25,8 @@ use crate::util::mutex::lock;
 
 /// Longest wait for an answer of the broker.
 const ANSWER: Duration = Duration::from_secs(10);
+/// Longest wait for an answer to a pull, in addition to the time to wait for messages.
+const PULL: Duration = Duration::from_secs(3);
 /// Time for which the broker remembers the identifiers of messages.
 const REMEMBERED: Duration = Duration::from_secs(120);
 /// Name of the consumer that all workers of a queue share.
@@ -152,12 +154,20 @@ impl Nats {
 
     /// Waits for `work` on the thread of the connection.
     fn wait<T: Send>(&self, work: impl Future<Output = Result<T, TransportError>> + Send) -> Result<T, TransportError> {
+        self.wait_up_to(2 * ANSWER, work)
+    }
+
+    fn wait_up_to<T: Send>(
+        &self,
+        most: Duration,
+        work: impl Future<Output = Result<T, TransportError>> + Send,
+    ) -> Result<T, TransportError> {
         let Some(runtime) = &self.0.runtime else {
             return Err(TransportError::Unavailable("the connection is closed".into()));
         };
         let wait = || {
             runtime.block_on(async {
-                tokio::time::timeout(2 * ANSWER, work)
+                tokio::time::timeout(most, work)
                     .await
                     .unwrap_or_else(|_| Err(TransportError::Unavailable("NATS does not answer".into())))
             })
@@ -292,7 +302,8 @@ impl Transport for Nats {
 
     fn pull(&self, queue: &str, most: usize, wait: Duration) -> Result<Vec<Box<dyn Lease>>, TransportError> {
         let consumer = self.queue(queue)?.consumer;
-        let messages = self.wait(async {
+        // The consumer of a queue that was removed answers nothing.
+        let pulled = self.wait_up_to(wait + PULL, async {
             let mut messages = Vec::new();
             let began = std::time::Instant::now();
             loop {
@@ -318,6 +329,10 @@ impl Transport for Nats {
                     return Ok(messages);
                 }
             }
+        });
+        let messages = pulled.inspect_err(|_| {
+            // It is looked up again, and may be gone.
+            lock(&self.0.queues).remove(queue);
         })?;
         let lease = |message: Message| -> Box<dyn Lease> {
             let id = message.headers.as_ref().and_then(|all| all.get(async_nats::header::NATS_MESSAGE_ID));

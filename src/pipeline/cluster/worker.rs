@@ -328,8 +328,9 @@ impl<'a> Lineage<'a> {
                 self.follow(notices)?;
                 self.begin_held()?;
             }
-            if drain.is_none() && self.cell.is_some() {
-                self.pull(transport)?;
+            if drain.is_none() && self.cell.is_some() && !self.pull(transport)? {
+                // The queue may be gone, because the run has another coordinator.
+                pulsed = None;
             }
             results.extend(self.advance()?);
             results = self.hand_over(transport, results)?;
@@ -438,13 +439,13 @@ impl<'a> Lineage<'a> {
         self.cell.as_ref().map(|cell| cell.latest().version)
     }
 
-    /// Pulls as much work as there is room for.
-    fn pull(&mut self, transport: &dyn Transport) -> Result<()> {
-        let Some(engine) = &self.engine else { return Ok(()) };
+    /// Pulls as much work as there is room for. Returns false if the queue does not answer.
+    fn pull(&mut self, transport: &dyn Transport) -> Result<bool> {
+        let Some(engine) = &self.engine else { return Ok(true) };
         let held: usize = self.held.iter().map(|work| work.seeds.len()).sum();
         let room = engine.free().saturating_sub(held) / self.notice.group_size.max(1);
         if room == 0 || !engine.accepts() {
-            return Ok(());
+            return Ok(true);
         }
         let wait = if engine.is_idle() && self.held.is_empty() { PULL } else { Duration::ZERO };
         let leases = match transport.pull(&self.names.work, room, wait) {
@@ -454,12 +455,12 @@ impl<'a> Lineage<'a> {
                 if wait > Duration::ZERO {
                     std::thread::sleep(wait);
                 }
-                return Ok(());
+                return Ok(false);
             }
             // The coordinator removes the queue when the run ends.
             Err(TransportError::Unknown(_)) => {
                 std::thread::sleep(LOOK);
-                return Ok(());
+                return Ok(false);
             }
             Err(error) => return Err(error.into()),
         };
@@ -476,7 +477,8 @@ impl<'a> Lineage<'a> {
                 self.held.push(work);
             }
         }
-        self.begin_held()
+        self.begin_held()?;
+        Ok(true)
     }
 
     /// Begins the work for which the weights are new enough.
