@@ -370,7 +370,9 @@ fn a_random_configuration_reads_back_unchanged() {
                 "evaluation.labeler.type=\"pairwise\"".into(),
                 format!("evaluation.{REMOTE}"),
                 "rollout.engine=\"workers\"".into(),
-                "cluster={ nats = \"nats://h:1\", tls_certificate = \"c\", tls_key = \"k\" }".into(),
+                "cluster.nats=\"nats://h:1\"".into(),
+                "cluster.tls_certificate=\"c\"".into(),
+                "cluster.tls_key=\"k\"".into(),
             ],
             _ => vec![
                 "labeler.type=\"panel\"".into(),
