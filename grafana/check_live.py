@@ -28,9 +28,11 @@ HISTOGRAM_PARTS = ("_bucket", "_sum", "_count")
 # Series that Prometheus generates.
 BUILT_IN = {"up", "ALERTS"}
 ONLY_SERVED = "only if rollout servers sample (rollout.engine)"
+ONLY_WORKERS = "only if workers sample (rollout.engine)"
 # Metrics that may be missing, with the reason.
 ABSENT = {
     "ALERTS": "only while an alert is pending or firing",
+    "preceptor_broker_ok": ONLY_WORKERS,
     "preceptor_device_memory_used_bytes": "only if the policy is on a GPU",
     "preceptor_hand_over_duration_seconds": ONLY_SERVED,
     "preceptor_labels_bought_again_total": "only if two labelers ask the same question at the same time",
@@ -43,6 +45,12 @@ ABSENT = {
     "preceptor_rollout_server_version": ONLY_SERVED,
     "preceptor_stage_failures_total": "only after a stage failed",
     "preceptor_stalled": "only while a stage blocks the run",
+    "preceptor_worker_result_bytes_total": ONLY_WORKERS,
+    "preceptor_worker_results_total": ONLY_WORKERS,
+    "preceptor_worker_slots": ONLY_WORKERS,
+    "preceptor_worker_tokens_total": ONLY_WORKERS,
+    "preceptor_worker_up": ONLY_WORKERS,
+    "preceptor_worker_version": ONLY_WORKERS,
 }
 
 
