@@ -72,6 +72,26 @@ def encoder_settings(work):
     return {"labeler.type": "embedding", "labeler.model": str(program.encoder(work))}
 
 
+def gemma_settings(work):
+    """Returns the settings of the labeler that is Gemma's likelihood per token."""
+    return {"labeler.length_normalise": True, "policy.model": str(program.gemma(work))}
+
+
+def compare_unit(work, results, name, start, decoding, log):
+    """Writes Gemma's score of each answer of a unit minus that of its start's answer, and returns the mean."""
+    given = []
+    for unit in (name, start):
+        with gzip.open(results / f"{unit}.answers.json.gz", "rt") as file:
+            given.append(json.load(file)[decoding])
+    rows = read(work / "data" / f"{DECODINGS[decoding][0]}.jsonl")
+    pairs = [{"prompt": row["prompt"], "first": a, "second": b} for row, a, b in zip(rows, *given)]
+    # The probabilities of a low temperature round to 0 and 1, from which no difference can be read.
+    found = differences(work, f"{name}-{decoding}-gemma", pairs, gemma_settings(work), log, 20.0)
+    with gzip.open(results / f"{name}.gemma-{decoding}.json.gz", "wt") as file:
+        json.dump([None if d is None else round(d, 4) for d in found], file)
+    return mean(found)
+
+
 def cosines(work, name, prompts, given, anchors, log):
     """Returns the cosine of each answer to its prompt. The anchor of a prompt is the prompt itself, whose cosine is 1."""
     pairs = [{"prompt": p, "first": a, "second": b} for p, a, b in zip(prompts, given, anchors)]

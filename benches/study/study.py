@@ -97,6 +97,17 @@ def score(arguments):
             print(name, evaluate.score_unit(arguments.work, RESULTS, name, arguments.split, log), flush=True)
 
 
+def compare(arguments):
+    """Lets Gemma compare the answers of finished units with those of their starts."""
+    make_data(arguments)
+    for arm, seed in selected(arguments):
+        name, start = f"{arm}-{seed}", f"sft-{seed}"
+        answered = all((RESULTS / f"{unit}.answers.json.gz").exists() for unit in (name, start))
+        if arm != "sft" and answered and not (RESULTS / f"{name}.gemma-{arguments.split}.json.gz").exists():
+            log = arguments.work / "logs" / f"{name}.log"
+            print(name, evaluate.compare_unit(arguments.work, RESULTS, name, start, arguments.split, log), flush=True)
+
+
 def align(arguments):
     """Measures the labelers that have no result yet."""
     make_data(arguments)
@@ -143,11 +154,15 @@ def main():
         command.add_argument("--budget-hours", type=float, help="start no further unit after this time")
         command.add_argument("--threads", type=int, default=1, help="threads of each actor")
         command.set_defaults(act=act)
-    command = commands.add_parser("evaluate", help="score the answers of finished units; `run` scores those to the development prompts")
-    command.add_argument("--split", choices=list(evaluate.DECODINGS), default="development", help="use `test` once, at the end of the study")
-    command.add_argument("--only")
-    command.add_argument("--seeds")
-    command.set_defaults(act=score)
+    for name, act, text in [
+        ("evaluate", score, "score the answers of finished units; `run` scores those to the development prompts"),
+        ("compare", compare, "let Gemma compare the answers of finished units with their start's"),
+    ]:
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--split", choices=list(evaluate.DECODINGS), default="development", help="use `test` once, at the end of the study")
+        command.add_argument("--only")
+        command.add_argument("--seeds")
+        command.set_defaults(act=act)
     command = commands.add_parser("labelers", help="measure the labelers by technique (table 2)")
     command.add_argument("--harmless", type=Path, help="file of harmless pairs of Anthropic's HH; without it they are left out")
     command.add_argument("--only", help="a part of the names of measurements, such as `smollm2-base`")

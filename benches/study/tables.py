@@ -63,6 +63,33 @@ def win_rate(results, finished, arm, other, decoding, judge="cosine_reference"):
     return intervals.win_rate(_column(a, judge), _column(b, judge), _column(a, "words"), _column(b, "words"))
 
 
+def gemma_counts(results):
+    """Tells whether Gemma's agreement with people's choices excludes one half, for each kind of pair that was measured."""
+    files = list((results / "alignment").glob("gemma-likelihood-mean-*.json"))
+    return bool(files) and all(json.loads(file.read_text())["alignment"]["low"] > 0.5 for file in files)
+
+
+def gemma_table(results, finished, decoding):
+    """Returns the win rates over the fine-tuned start by Gemma, or why it does not judge."""
+    lines = ["| arm | seeds | length-controlled, % | raw, % |", "|---|---|---|---|"]
+    for arm, seeds in finished.items():
+        rows, words, start = [], [], []
+        for seed in sorted(seeds):
+            file = results / f"{arm}-{seed}.gemma-{decoding}.json.gz"
+            both = [scores(results, name, seed, decoding) for name in (arm, "sft")]
+            if file.exists() and all(both):
+                with gzip.open(file, "rt") as text:
+                    rows.append([value or 0.0 for value in json.load(text)])
+                words.append(both[0]["words"])
+                start.append(both[1]["words"])
+        if rows and not any("gemma" in str(unit.get("pairs")) for unit in seeds.values()):
+            found = intervals.win_rate(rows, [[0.0] * len(row) for row in rows], words, start)
+            lines.append(f"| {arm} | {len(rows)} | {_cell(found['controlled'])} | {_cell(found['raw'])} |")
+    if len(lines) == 2:
+        return ""
+    return "\n".join(lines) + "\n" + ("" if gemma_counts(results) else "\nGemma does not count as a judge: on the judge split its agreement with people has an interval that includes one half, or was not measured.\n")
+
+
 def arms_table(results, finished, decoding):
     """Returns the first table: every arm against its fine-tuned start."""
     heads = ["arm", "seeds", "win rate over SFT, length-controlled, %", "raw, %", "ties, %", "by chrF, length-controlled, %"]
@@ -209,6 +236,7 @@ def page(results, order, docs, decoding="test"):
     parts = {
         "arms": arms_table(results, finished, decoding),
         "between": between_table(results, finished, decoding),
+        "gemma": gemma_table(results, finished, decoding),
         "labelers": labelers_table(results),
         "staleness": staleness_table(results, finished, decoding),
         "reward_models": reward_models_table(results),
@@ -236,6 +264,7 @@ def make(results, order, folder, decoding):
     folder.mkdir(parents=True, exist_ok=True)
     text = f"# Results: {decoding} answers\n\n{arms_table(results, finished, decoding)}\n{between_table(results, finished, decoding)}\n"
     more = {
+        "Win rates over SFT by Gemma": gemma_table(results, finished, decoding),
         "Labelers by technique": labelers_table(results),
         "Staleness": staleness_table(results, finished, decoding),
         "Reward models by number of labels": reward_models_table(results),

@@ -87,7 +87,7 @@ def pair_file(work, kind, threads):
             write(file, [pair for pair in found if pair["first"].strip() != pair["second"].strip()])
         else:
             partial = file.with_suffix(".partial.jsonl")
-            settings = {"labeler.threads": threads, **labelers(work)[kind]}
+            settings = {"labeler.threads": threads, **labelers(work)[kind]()}
             arguments = ["label", program.config(work), "--input", source, "--output", partial]
             program.run(arguments, work / "logs" / f"{kind}.log", settings)
             partial.rename(file)
@@ -95,14 +95,14 @@ def pair_file(work, kind, threads):
 
 
 def labelers(work):
-    """Returns the settings of the AI labelers of pairs, by their names in `arms.toml`."""
+    """Returns functions that give the settings of the AI labelers of pairs, by their names in `arms.toml`."""
     likelihood = {"labeler.length_normalise": True}
     return {
-        "labeled": likelihood,
-        "labeled-given": {**likelihood, "labeler.unconditional_weight": 0},
-        "labeled-by-gemma": {**likelihood, "policy.model": str(program.gemma(work))},
-        "own-given": {**likelihood, "labeler.unconditional_weight": 0},
-        "own-encoder": {**evaluate.encoder_settings(work), "labeler.pair_temperature": 0.1},
+        "labeled": lambda: likelihood,
+        "labeled-given": lambda: {**likelihood, "labeler.unconditional_weight": 0},
+        "labeled-by-gemma": lambda: evaluate.gemma_settings(work),
+        "own-given": lambda: {**likelihood, "labeler.unconditional_weight": 0},
+        "own-encoder": lambda: {**evaluate.encoder_settings(work), "labeler.pair_temperature": 0.1},
     }
 
 
