@@ -44,12 +44,12 @@ fn main() {
     if arguments.iter().any(|argument| argument == "goal") {
         let rows = goal();
         let table = table(&rows, &outcomes(&rows), true);
-        println!("{table}\n{:.0} s", began.elapsed().as_secs_f64());
+        println!("{table}\n{:.0} s, {:.0} s of processor time", began.elapsed().as_secs_f64(), cpu_s());
         return;
     }
     let goal_rows = goal();
     let goal_outcomes = outcomes(&goal_rows);
-    let goal_s = began.elapsed().as_secs_f64();
+    let (goal_s, goal_cpu_s) = (began.elapsed().as_secs_f64(), cpu_s());
     let (rows, variants) = (rows(), variants());
     let (outcomes_of_rows, outcomes_of_variants) = (outcomes(&rows), outcomes(&variants));
     let seconds = began.elapsed().as_secs_f64();
@@ -60,7 +60,9 @@ fn main() {
         ("{variants}\n", table(&variants, &outcomes_of_variants, true) + "\n"),
         ("{costs}\n", costs()),
         ("{goal seconds}", format!("{goal_s:.0}")),
+        ("{goal processor}", format!("{goal_cpu_s:.0}")),
         ("{seconds}", format!("{seconds:.0}")),
+        ("{processor}", format!("{:.0}", cpu_s())),
         ("{machine}", machine()),
     ] {
         page = page.replace(mark, &text);
@@ -216,6 +218,11 @@ fn size(bytes: f64) -> String {
         bytes if bytes >= 1e6 => format!("{:.1} MB", bytes / 1e6),
         bytes => format!("{:.1} kB", bytes / 1e3),
     }
+}
+
+/// Returns the processor time of this process in seconds.
+fn cpu_s() -> f64 {
+    preceptor::util::process::usage().map_or(f64::NAN, |usage| usage.cpu_s)
 }
 
 /// Returns the name of the processor.
