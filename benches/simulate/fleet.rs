@@ -500,12 +500,14 @@ impl<'a> Simulation<'a> {
         let life = self.workers[place as usize].life + 1;
         let token_s = self.token_s * if slow { self.setting.slow.1 } else { 1.0 };
         self.workers[place as usize] = Worker { life, token_s, ..Worker::default() };
-        for (rate, event) in
-            [(self.setting.deaths, Event::Died(place, life)), (self.setting.cuts, Event::Cut(place, life))]
-        {
-            if let Some(wait) = self.random.wait(rate) {
-                self.after(wait, event);
-            }
+        let death = self.random.wait(self.setting.deaths);
+        if let Some(wait) = death {
+            self.after(wait, Event::Died(place, life));
+        }
+        // A worker that dies first is not cut off.
+        let cut = self.random.wait(self.setting.cuts);
+        if let Some(wait) = cut.filter(|wait| death.is_none_or(|death| *wait < death)) {
+            self.after(wait, Event::Cut(place, life));
         }
         self.receive(place);
     }
