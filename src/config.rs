@@ -44,6 +44,10 @@ use key::{Reader, Section};
 /// The value of `checkpoint.best` that chooses by the win rates of `[evaluation]`.
 pub const WIN_RATE: &str = "win_rate";
 
+/// Largest number of tokens of a group whose result is a message of a megabyte at most: of each token, it has the id and the
+/// version in up to four bytes, and the log-probability in four.
+const MAX_RESULT_TOKENS: usize = 80_000;
+
 /// Defines the configuration from its sections.
 macro_rules! config {
     ($($(#[doc = $doc:literal])+ $name:ident: $type:ty,)+) => {
@@ -544,6 +548,14 @@ impl Config {
                 self.rollout.engine.word()
             );
             document.error("cluster.nats", &message);
+        }
+        let tokens = self.rollout.group_size.saturating_mul(self.rollout.max_new_tokens);
+        if workers && document.sound(&["rollout.group_size", "rollout.max_new_tokens"]) && tokens > MAX_RESULT_TOKENS {
+            let message = format!(
+                "{} tokens in each of {} completions may give a result of more than 1 MiB, which NATS does not carry; lower it or rollout.group_size, so that a group has at most {MAX_RESULT_TOKENS} tokens",
+                self.rollout.max_new_tokens, self.rollout.group_size
+            );
+            document.error("rollout.max_new_tokens", &message);
         }
         if workers
             && cluster.run.is_none()

@@ -575,6 +575,11 @@ fn workers_require_a_nats_server_and_nothing_of_rollouts_here() {
         (engine, "nats = \"nats://b:1\"\nrun = \"a.b\"", "cluster.run: \"a.b\" must consist of"),
         (engine, "nats = \"nats://b:1\"\ntls_key = \"k\"", "cluster.tls_certificate: is missing"),
         (engine, "nats = \"nats://b:1\"\nlease_s = 1", "cluster.lease_s"),
+        (
+            "engine = \"workers\"\ngroup_size = 64\nslots = 64\nmax_new_tokens = 4096",
+            nats,
+            "rollout.max_new_tokens: 4096 tokens in each of 64 completions",
+        ),
     ] {
         let errors = errors(rollout, cluster);
         assert!(errors.contains(words), "{rollout} {cluster}: {errors}");
