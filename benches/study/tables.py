@@ -231,7 +231,7 @@ def write_plots(finished, folder, prefix=""):
 
 
 def page(results, order, docs, decoding="test"):
-    """Writes the study's page of the documentation from the template `page.md`, with its plots."""
+    """Writes the study's page of the documentation from the template `page.txt`, with its plots."""
     finished = ordered(results, order)
     parts = {
         "arms": arms_table(results, finished, decoding),
@@ -250,7 +250,7 @@ def page(results, order, docs, decoding="test"):
     if scored is None:
         raise program.StudyError(f"no {decoding} answers are scored; run `study.py evaluate --split {decoding}` first")
     parts["prompts"] = f"{len(scored['words']):,}"
-    text = (Path(__file__).parent / "page.md").read_text()
+    text = (Path(__file__).parent / "page.txt").read_text()
     for name, part in parts.items():
         text = text.replace("{{" + name + "}}", part.strip() or "Not measured yet.")
     (docs / "study.md").write_text(text)
