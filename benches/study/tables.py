@@ -215,6 +215,11 @@ def ordered(results, order):
     finished = units(results)
     if not finished:
         raise program.StudyError(f"{results} has no finished unit; run `study.py run` first")
+    for seed in {seed for of_arm in finished.values() for seed in of_arm}:
+        starts = {arm: seeds[seed].get("start") for arm, seeds in finished.items() if seed in seeds}
+        if len(set(starts.values())) > 1:
+            # A start that is trained again with another version of the program may differ in its last bits.
+            raise program.StudyError(f"the arms of seed {seed} did not begin with the same fine-tuned policy: {starts}; run them again")
     return dict(sorted(finished.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 

@@ -42,6 +42,12 @@ def start(work, seed, threads):
     return folder / "reference"
 
 
+def fingerprint(model):
+    """Returns the checksum of a policy's weights, from the list of checksums that the program writes beside them."""
+    sums = dict(reversed(line.split(maxsplit=1)) for line in (model / "SHA256SUMS").read_text().splitlines())
+    return sums["model.safetensors"][:16]
+
+
 def common(work, seed, threads):
     """Returns the settings of every training run."""
     keys = ("rollout.threads", "labeler.threads", "reward.threads", "learner.threads")
@@ -110,6 +116,7 @@ def run(work, results, arm, seed, threads):
     """Trains one unit, answers the prompts of all splits, and writes its result with the scores of the development prompts."""
     began, plan, name = time.time(), arms()[arm], f"{arm}-{seed}"
     log, model, path = work / "logs" / f"{name}.log", start(work, seed, threads), []
+    begun = fingerprint(model)
     if arm != "sft":
         folder = work / "runs" / name
         settings = {**common(work, AFTER_FINE_TUNING + seed, threads), "policy.model": str(model), **plan["set"]}
@@ -120,7 +127,7 @@ def run(work, results, arm, seed, threads):
         train(work, folder, settings, name, threads)
         model, path = max((folder / "checkpoints").glob("step-*")), course(work, folder, log)
     trained = time.time()
-    result = {"arm": arm, "seed": seed, "set": plan["set"], "pairs": plan.get("pairs"), "base": program.base(), "path": path}
+    result = {"arm": arm, "seed": seed, "set": plan["set"], "pairs": plan.get("pairs"), "base": program.base(), "start": begun, "path": path}
     given = {} if not plan.get("answers", True) else {
         decoding: evaluate.answers(work, model, split, temperature, log, seed)
         for decoding, (split, temperature) in evaluate.DECODINGS.items()
