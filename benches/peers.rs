@@ -333,6 +333,7 @@ impl Subject {
             limits: AdjustableLimits::default(),
             reward_model: None,
             fleet: None,
+            coordinator: std::sync::OnceLock::new(),
             labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId) as Box<dyn Labeler>)),
             prepared: Arc::new(Prepared {
                 policy: None,

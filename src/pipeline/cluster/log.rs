@@ -519,7 +519,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (log, _) = GroupLog::open(dir.path(), start(0, 100)).unwrap();
         let wait = |log: &GroupLog| {
-            let (sender, durable) = std::sync::mpsc::channel();
+            let (sender, durable) = crossbeam::channel::bounded(1);
             log.when_durable(Box::new(move || sender.send(()).unwrap()));
             durable.recv().unwrap();
         };
