@@ -36,7 +36,7 @@ pub struct ClusterEngine {
 
 impl ClusterEngine {
     /// Creates an engine with up to `slots` completions under way, which must be a group at least. Groups of the warm-up
-    /// (`warm_up`) are sampled by any version, and their numbers are those of training with [`WARM_UP`] added.
+    /// (`warm_up`) are sampled by any version, and their numbers are those of training with the highest bit set.
     pub fn new(coordinator: Arc<Coordinator>, slots: usize, warm_up: bool) -> Self {
         let (under_way, leases) = (HashMap::new(), HashMap::new());
         Self { coordinator, warm_up, slots, limit: slots, used: 0, under_way, leases, ctx: None }
