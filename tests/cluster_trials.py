@@ -155,7 +155,9 @@ class Cluster:
         return self.processes["coordinator"].poll() is not None
 
     def leave(self):
-        """Waits until the workers have left by themselves."""
+        """Waits until the workers have left by themselves, after the coordinator."""
+        status = self.processes["coordinator"].wait(60)
+        assert status == 0, f"the coordinator ended with status {status}; {self.tail('coordinator')}"
         for name, process in self.processes.items():
             if name.startswith("worker"):
                 status = process.wait(60)

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use preceptor_actors::transport::TransportError;
 
 use super::supervise::run_interruptible;
 use crate::config::{Choice, Config, EngineKind};
@@ -22,7 +23,7 @@ use crate::util::exit::refusal;
 use crate::util::seed;
 
 /// Time to wait for a broker that cannot be reached, such as one that starts at the same time.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Folder of a run with the log of its workers' results.
 const LOG: &str = "groups";
 
@@ -153,8 +154,11 @@ impl Workers {
                 config.cluster.nats.as_deref().unwrap_or_default(),
                 plan.run
             );
-            let coordinator = Coordinator::start(plan, Arc::new(nats.clone()), Arc::new(nats), log)?;
-            coordinator.open(&node.cell, Arc::new(store))?;
+            let (nats, store) = (Arc::new(nats), Arc::new(store));
+            let coordinator = retried(|| {
+                Coordinator::start(plan.clone(), Arc::clone(&nats) as _, Arc::clone(&nats) as _, log.clone())
+            })?;
+            retried(|| coordinator.open(&node.cell, Arc::clone(&store) as _))?;
             // It is set here only.
             let _ = node.coordinator.set(Arc::clone(&coordinator));
             Ok(coordinator)
@@ -172,6 +176,23 @@ impl Workers {
 impl Drop for Workers {
     fn drop(&mut self) {
         self.0.stop(RunState::Paused);
+    }
+}
+
+/// Tries `work` again while the broker is not available, for as long as a broker is waited for.
+fn retried<T>(work: impl Fn() -> Result<T>) -> Result<T> {
+    let began = Instant::now();
+    loop {
+        let error = match work() {
+            Ok(done) => return Ok(done),
+            Err(error) => error,
+        };
+        let is_away = matches!(error.downcast_ref(), Some(TransportError::Unavailable(_) | TransportError::Unknown(_)));
+        if !is_away || began.elapsed() > PATIENCE {
+            return Err(error);
+        }
+        status!("workers   {error:#}; it is tried again");
+        std::thread::sleep(Duration::from_millis(500));
     }
 }
 

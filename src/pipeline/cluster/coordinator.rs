@@ -213,10 +213,10 @@ impl Coordinator {
     /// # Errors
     /// If the weights cannot be stored, or the transport is not available.
     pub fn open(self: &Arc<Self>, cell: &Arc<SnapshotCell<Decoder>>, store: Arc<dyn WeightStore>) -> Result<()> {
-        let mut reader = cell.reader("workers");
         self.announce(&cell.latest(), &*store)?;
         self.notice(RunState::Open)?;
         telemetry::broker(true);
+        let mut reader = cell.reader("workers");
         let coordinator = Arc::clone(self);
         let publish = move || {
             while !coordinator.stopped.load(Ordering::SeqCst) {
