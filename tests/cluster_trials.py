@@ -121,7 +121,7 @@ class Cluster:
         if name == "coordinator":
             sets = ["rollout.engine=workers", f"cluster.nats={self.address}", "cluster.lease_s=5", "serve.enabled=false", *self.sets]
             command += [part for one in sets for part in ("--set", one)]
-            if (self.run() / "config.toml").exists():
+            if self.run().exists():
                 command.append("--resume")
         if name in self.spaces:
             command = ["ip", "netns", "exec", self.spaces[name], *command]
