@@ -428,6 +428,24 @@ fn the_work_of_a_worker_that_dies_is_done_by_another() {
     assert!(worker.end().unwrap().groups >= 2);
 }
 
+/// A restarted graph submits a group again whose result came when no engine waited for it.
+#[test]
+fn a_group_whose_result_was_dropped_is_sampled_again_at_once() {
+    let mut cluster = Cluster::start(Arc::new(MemoryTransport::default()), Arc::new(MemoryNotices::default()), None);
+    cluster.submit([0]);
+    cluster.engine = ClusterEngine::new(Arc::clone(&cluster.coordinator), 64, false);
+    let worker = cluster.worker("a");
+    let began = Instant::now();
+    while cluster.coordinator.counts.repeated.load(Ordering::SeqCst) == 0 {
+        assert!(began.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    cluster.submit([0]);
+    assert_eq!(cluster.take(1), expected(&cluster.model, 0, [0]));
+    assert_eq!(cluster.coordinator.counts.offered_again.load(Ordering::SeqCst), 0);
+    worker.end().unwrap();
+}
+
 #[test]
 fn a_worker_that_is_told_to_stop_finishes_its_work_and_leaves() {
     let mut cluster = Cluster::start(Arc::new(MemoryTransport::default()), Arc::new(MemoryNotices::default()), None);

@@ -145,6 +145,8 @@ pub struct Coordinator {
     pub(super) names: QueueNames,
     /// Fingerprints of the versions of this lineage.
     versions: Mutex<BTreeMap<u64, u64>>,
+    /// Number of groups submitted so far.
+    submissions: AtomicU64,
     /// Work that was offered and has no result yet.
     open: Mutex<HashMap<u64, Open>>,
     /// The workers that gave signs of life.
@@ -160,6 +162,8 @@ pub struct Coordinator {
 
 struct Open {
     work: Work,
+    /// Number of this submission. A restarted graph submits a group again whose earlier result may be gone.
+    submission: u64,
     /// Number of times that the work was offered; 0 until the first offer succeeds.
     offers: u64,
     /// True if a result was taken that is not recorded yet.
@@ -197,6 +201,7 @@ impl Coordinator {
             log,
             names,
             versions: Mutex::default(),
+            submissions: AtomicU64::new(0),
             open: Mutex::default(),
             roster: Roster::default(),
             counts: Counts::default(),
@@ -314,7 +319,8 @@ impl Coordinator {
     /// Offers the work on a group. If the transport is not available, it is offered later.
     pub(super) fn submit(&self, work: Work) {
         let seq = work.seq;
-        lock(&self.open).insert(seq, Open { work, offers: 0, taken: false });
+        let submission = self.submissions.fetch_add(1, Ordering::Relaxed);
+        lock(&self.open).insert(seq, Open { work, submission, offers: 0, taken: false });
         self.offer_open();
     }
 
@@ -331,7 +337,7 @@ impl Coordinator {
     }
 
     fn offer(&self, open: &mut Open) -> bool {
-        let id = format!("{:016x}-{}-{}", self.plan.lineage, open.work.seq, open.offers);
+        let id = format!("{:016x}-{}-{}-{}", self.plan.lineage, open.work.seq, open.submission, open.offers);
         let body = match encode(&open.work) {
             Ok(body) => body,
             Err(error) => {
