@@ -201,7 +201,9 @@ impl Drop for GroupLog {
     fn drop(&mut self) {
         lock(&self.shared.state).ended = true;
         self.shared.changed.notify_one();
+        // A job may have held the last reference: then this is the thread itself, which ends after its jobs.
         if let Some(thread) = lock(&self.thread).take()
+            && thread.thread().id() != std::thread::current().id()
             && thread.join().is_err()
         {
             tracing::error!("internal error: the thread that writes the log of groups panicked");
