@@ -25,7 +25,8 @@ use crate::util::exit;
 use crate::util::signals::Interrupted;
 use crate::util::terminal::{self, Closed};
 
-/// Trains language models by reinforcement learning from AI feedback (RLAIF), asynchronously, in one process.
+/// Trains language models by reinforcement learning from AI feedback (RLAIF), asynchronously: in one process, or with
+/// workers on other machines.
 #[derive(Debug, Parser)]
 #[command(
     name = "preceptor",

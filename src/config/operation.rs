@@ -1,4 +1,4 @@
-//! Declarations of the sections `evaluation`, `controller`, `guard`, `checkpoint`, `serve` and `supervision`.
+//! Declarations of the sections `evaluation`, `controller`, `guard`, `checkpoint`, `serve`, `cluster` and `supervision`.
 
 use std::net::SocketAddr;
 use std::path::Path;

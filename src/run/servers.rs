@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::supervise::run_interruptible;
 use crate::config::Config;
@@ -27,7 +27,8 @@ impl HandOver {
         let dir = rollout.weights_dir.clone().unwrap_or_else(|| run.join("served"));
         let base = config.policy.model.name_at(&node.prepared.origin);
         let dtype = precision::dtype(config.checkpoint.dtype);
-        let store = FolderStore::new(&dir, rollout.server_weights_dir.as_deref(), base, dtype)?;
+        let store = FolderStore::new(&dir, rollout.server_weights_dir.as_deref(), base, dtype)
+            .context("rollout.weights_dir")?;
         let hand_over = Self(Arc::clone(&fleet));
         let cell = Arc::clone(&node.cell);
         let start = move || fleet.start(&cell, Arc::new(store));

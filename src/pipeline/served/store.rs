@@ -129,7 +129,7 @@ impl FolderStore {
     /// # Errors
     /// If the folder cannot be created or its absolute path cannot be determined.
     pub fn new(folder: &Path, seen_as: Option<&Path>, base: Option<String>, dtype: DType) -> Result<Self> {
-        let place = || format!("rollout.weights_dir: cannot create {}", folder.display());
+        let place = || format!("cannot create {}", folder.display());
         std::fs::create_dir_all(folder).with_context(place)?;
         let folder = folder.canonicalize().with_context(place)?;
         let seen_as = seen_as.map_or_else(|| folder.clone(), Path::to_owned);
