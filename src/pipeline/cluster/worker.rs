@@ -531,7 +531,9 @@ impl<'a> Lineage<'a> {
         let mut later = Vec::new();
         for done in results {
             let body = encode(&done)?;
-            let id = format!("{}-{}", done.seq, self.plan.name);
+            // Of the work and not of the group, which may be offered again after its first result was dropped.
+            let of = lock(&self.leases.held).get(&done.seq).map(|lease| lease.id().to_owned());
+            let id = format!("{}-{}", of.unwrap_or_else(|| done.seq.to_string()), self.plan.name);
             match transport.offer(&self.names.results, &id, &body) {
                 Ok(_) => {
                     self.summary.groups += 1;
