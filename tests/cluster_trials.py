@@ -67,8 +67,10 @@ class Judge:
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 digest = hashlib.sha256(body).digest()
-                with judge.lock:
-                    judge.asked[digest] += 1
+                # A start also asks whether the judge answers a simple question.
+                if b"SUMMARY:" in body:
+                    with judge.lock:
+                        judge.asked[digest] += 1
                 score = 2 + digest[0] % 7
                 top = [{"token": str(score), "logprob": math.log(0.9)}, {"token": str(score + 1), "logprob": math.log(0.1)}]
                 content = [{"token": str(score), "logprob": math.log(0.9), "top_logprobs": top}]
@@ -213,10 +215,16 @@ def plain():
         cluster.close()
 
 
+def fresh(name):
+    """Returns the path of a folder that does not exist."""
+    shutil.rmtree(WORK / name, ignore_errors=True)
+    return WORK / name
+
+
 def direct(steps, eta):
     return [
         f"run.steps={steps}", f"learner.eta={eta}", "learner.lr=1e-4", "checkpoint.every_steps=20", "checkpoint.every_minutes=0", "run.mode=direct",
-        "labeler.type=direct", "labeler.cache_entries=1", f"labeler.cache={WORK / 'labels'}", "labeler.workers=2",
+        "labeler.type=direct", "labeler.cache_entries=1", f"labeler.cache={fresh('labels')}", "labeler.workers=2",
         f'labeler.remote={{ url = "http://127.0.0.1:{JUDGE}/v1", model = "judge", concurrency = 4 }}',
     ]
 
@@ -248,13 +256,8 @@ def kills():
         log = (cluster.dir / "coordinator.log").read_text(errors="replace")
         again = sum(int(n) for n in re.findall(r"(\d+) groups are sampled again", log))
         lost = sum(int(n) for n in re.findall(r"sampled again, (\d+) of them with labels", log))
-        # A probe asks the same questions at each start.
-        starts = 1 + killed["coordinator"]
-        asked = collections.Counter(judge.asked)
-        probes = {question for question, count in asked.items() if count == starts}
         needed = steps * BATCH * GROUP
-        (cluster.dir / "asked.json").write_text(json.dumps(sorted(asked.values())))
-        bought = sum(count for question, count in asked.items() if question not in probes)
+        bought = sum(judge.asked.values())
         # Two groups are labeled at a time, and a label counts when its group has all.
         in_flight = killed["coordinator"] * 2 * GROUP
         words = (
@@ -263,7 +266,7 @@ def kills():
             + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in sorted(largest.items()))
         )
         assert sum(killed.values()) == ARGS.kills, f"the run ended early: {words}"
-        assert needed <= bought <= needed + in_flight + lost * GROUP, words
+        assert needed <= bought <= needed + in_flight, words
         assert lost == 0, words
         if ARGS.alone:
             return words
