@@ -205,7 +205,7 @@ impl Subject {
 
     /// Measures the likelihood labeler on groups.
     fn label(&self, weights: Arc<Decoder>, repeats: u64) -> Result<Map<String, Value>> {
-        let judge = Judge { model: weights, tokenizer: Tokenizer::bytes(), identity: 0, chat: false };
+        let judge = Arc::new(Judge { model: weights, tokenizer: Tokenizer::bytes(), identity: 0, chat: false });
         let labeler = Likelihood { judge, length_normalise: false, unconditional_weight: 1.0, temperature: 1.0 };
         let groups: Vec<Group> = (0..8).map(|k| self.group(k)).collect();
         repeat(repeats, groups.len() * GROUP, "labels", || {

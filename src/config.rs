@@ -26,7 +26,7 @@ use toml::{Table, Value};
 pub use choice::Choice;
 pub use document::{ConfigError, ConfigErrors};
 pub use key::{Key, Resume};
-pub use labeling::{Evidence, Labeler, LabelerKind, Method, Methods, RemoteApi, RemoteJudge};
+pub use labeling::{Evidence, LabelEngine, Labeler, LabelerKind, Method, Methods, RemoteApi, RemoteJudge};
 pub use learner::{AlgorithmKind, AverageKind, CorrectionKind, Learner, Schedule, ValueKind};
 pub use operation::{
     Checkpoint, Cluster, Control, Evaluation, Guard, GuardAction, Serve, Supervision, check_board, check_nats,
@@ -222,6 +222,11 @@ impl Config {
             Mode::Distilled => self.reward_model.online,
             Mode::Human => false,
         }
+    }
+
+    /// Returns whether workers on other machines sample or label for the run.
+    pub fn has_workers(&self) -> bool {
+        self.rollout.engine == EngineKind::Workers || self.labeler.engine == LabelEngine::Workers
     }
 
     /// Returns whether a reward model scores the completions in the configured mode.
@@ -539,15 +544,33 @@ impl Config {
             return;
         }
         let (workers, cluster) = (self.rollout.engine == EngineKind::Workers, &self.cluster);
-        if workers && cluster.nats.is_none() {
-            document.error("cluster.nats", "is missing; with rollout.engine = \"workers\" the node and its workers meet at a NATS server, for example \"nats://127.0.0.1:4222\"");
-        }
-        if !workers && let Some(nats) = &cluster.nats {
+        if self.has_workers() && cluster.nats.is_none() {
+            let key = if workers { "rollout.engine" } else { "labeler.engine" };
             let message = format!(
-                "{nats:?} has no effect with rollout.engine = \"{}\"; set rollout.engine = \"workers\", or remove it",
-                self.rollout.engine.word()
+                "is missing; with {key} = \"workers\" the node and its workers meet at a NATS server, for example \"nats://127.0.0.1:4222\""
             );
             document.error("cluster.nats", &message);
+        }
+        if !self.has_workers()
+            && let Some(nats) = &cluster.nats
+        {
+            let message = format!(
+                "{nats:?} has no effect with rollout.engine = \"{}\" and labeler.engine = \"{}\"; set one of them to \"workers\", or remove it",
+                self.rollout.engine.word(),
+                self.labeler.engine.word()
+            );
+            document.error("cluster.nats", &message);
+        }
+        if self.labeler.engine == LabelEngine::Workers && document.sound(&["labeler.remote", "labeler.members"]) {
+            if self.labeler.methods.iter().all(|method| method.remote.is_some()) {
+                document.error("labeler.engine", "is \"workers\", but no judge of the labeler has weights: judges of labeler.remote are asked by the node; remove it");
+            }
+            if self.labeler.device.is_some() {
+                document.error(
+                    "labeler.device",
+                    "has no effect with labeler.engine = \"workers\": a worker has its own --device; remove it",
+                );
+            }
         }
         let tokens = self.rollout.group_size.saturating_mul(self.rollout.max_new_tokens);
         if workers && document.sound(&["rollout.group_size", "rollout.max_new_tokens"]) && tokens > MAX_RESULT_TOKENS {
@@ -557,7 +580,7 @@ impl Config {
             );
             document.error("rollout.max_new_tokens", &message);
         }
-        if workers
+        if self.has_workers()
             && cluster.run.is_none()
             && let Err(error) = operation::check_board(&self.run.name)
         {

@@ -1,4 +1,4 @@
-"""Trials of runs whose completions are sampled by workers, on this machine, with a real NATS server.
+"""Trials of runs whose completions are sampled, or whose labels are computed, by workers on this machine, with a real NATS server.
 
     python3 tests/cluster_trials.py PROGRAM WORK [TRIAL…] [--kills N] [--seed S] [--steps N] [--alone]
 
@@ -8,6 +8,8 @@ PROGRAM is the program, WORK a folder for runs and logs. TRIAL is the name of a 
     kills   N random SIGKILLs over two workers, the broker and the coordinator, with eta = 4, checkpoints 20 steps apart, and a
             judge on a server that counts what it is asked
     pause   a worker is stopped (SIGSTOP) for longer than its lease, and continued
+    label   two workers hold the weights of a panel of judges, and one is killed; with eta = 0 the weights are, bit for bit, those of
+            a run that labels by itself
     links   three network namespaces (broker, coordinator, workers): a link that is cut for 25 s, then a link of 10 Mb/s; needs root
 
 Each trial checks from the journal that every group of every step was trained on exactly once, in order, that no token is staler
@@ -103,7 +105,9 @@ class Judge:
 class Cluster:
     """Broker, coordinator and workers of one run."""
 
-    def __init__(self, name, sets, spaces=None):
+    def __init__(self, name, sets, spaces=None, away=("rollout.engine=workers",)):
+        """`away` are the settings of what workers do."""
+        self.away = away
         self.dir = WORK / name
         shutil.rmtree(self.dir, ignore_errors=True)
         self.dir.mkdir(parents=True)
@@ -120,8 +124,11 @@ class Cluster:
             "broker": ["nats-server", "-a", self.spaces.get("address", "127.0.0.1"), "-p", str(NATS), "-js", "-sd", str(self.dir / "nats")],
             "coordinator": [str(PROGRAM), "train", str(ROOT / "configs/offline.toml"), "--run-dir", str(self.run())],
         }.get(name, [str(PROGRAM), "worker", "--join", self.address, "--run", "offline", "--name", name, "--threads", "1"])
+        if name.startswith("label"):
+            command += ["--role", "label"]
         if name == "coordinator":
-            sets = ["rollout.engine=workers", f"cluster.nats={self.address}", "cluster.lease_s=5", "serve.enabled=false", *self.sets]
+            sets = [f"cluster.nats={self.address}", "cluster.lease_s=5"] if self.away else []
+            sets += [*self.away, "serve.enabled=false", *self.sets]
             command += [part for one in sets for part in ("--set", one)]
             if self.run().exists():
                 command.append("--resume")
@@ -161,7 +168,7 @@ class Cluster:
         status = self.processes["coordinator"].wait(60)
         assert status == 0, f"the coordinator ended with status {status}; {self.tail('coordinator')}"
         for name, process in self.processes.items():
-            if name.startswith("worker"):
+            if name.startswith(("worker", "label")):
                 status = process.wait(60)
                 assert status == 0, f"{name} ended with status {status}; {self.tail(name)}"
 
@@ -323,6 +330,35 @@ def pause():
         cluster.close()
 
 
+def label():
+    panel = '[{type="likelihood"}, {type="pairwise"}, {type="direct", weight=0.5}]'
+    sets = ["learner.eta=0", "run.steps=12", "rollout.update=drain", "labeler.type=panel", f"labeler.members={panel}", "labeler.workers=2"]
+    weights = []
+    for name, away in [("label-alone", ()), ("label", ("labeler.engine=workers",))]:
+        cluster = Cluster(name, sets, away=away)
+        try:
+            if away:
+                cluster.start("label-1")
+                cluster.start("label-2")
+            cluster.start("coordinator")
+            if away:
+                cluster.wait(lambda: cluster.steps() > 3)
+                cluster.kill("label-1")
+                cluster.start("label-1")
+            cluster.wait(cluster.ended)
+            cluster.leave()
+            check(cluster, 12, 0)
+            last = max(cluster.run().glob("checkpoints/step-*"))
+            weights.append(hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest())
+        finally:
+            cluster.close()
+    assert weights[0] == weights[1], f"the weights differ: {weights}"
+    log = (WORK / "label" / "label-2.log").read_text()
+    answered = int(re.search(r"answered (\d+) questions", log)[1])
+    assert answered > 0, log
+    return f"12 steps, {answered} questions answered by the worker that was not killed, the same weights"
+
+
 def ip(*words):
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
@@ -373,7 +409,7 @@ def links():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-TRIALS = {"plain": plain, "kills": kills, "pause": pause, "links": links}
+TRIALS = {"plain": plain, "kills": kills, "pause": pause, "label": label, "links": links}
 
 
 def main():

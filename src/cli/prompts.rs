@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use clap::Args;
 
+use crate::lm::load::load;
 use crate::lm::model::{Decoder, LoadTarget};
 use crate::lm::source::ModelRef;
 use crate::lm::tokens::Tokenizer;
@@ -42,7 +43,7 @@ impl ModelArgs {
 pub fn load_model(name: &str, timeout_s: u64, onto: LoadTarget<'_>) -> Result<(Decoder, Tokenizer)> {
     let reference = ModelRef::from_argument(name).map_err(anyhow::Error::msg)?;
     let timeout = Duration::from_secs(timeout_s);
-    let (model, tokenizer, _) = setup::load(&reference, onto, timeout, true)?;
+    let (model, tokenizer, _) = load(&reference, onto, timeout, true)?;
     Ok((model, tokenizer))
 }
 

@@ -8,7 +8,7 @@ use clap::Args;
 use toml_edit::{DocumentMut, Item, Table, value};
 
 use super::ConfigArgs;
-use crate::config::{Choice, EngineKind};
+use crate::config::{Choice, EngineKind, LabelEngine};
 use crate::out;
 use crate::pipeline::setup::prepare;
 use crate::rl::statistics::Table as Report;
@@ -51,6 +51,11 @@ impl Tune {
                 config.rollout.engine == EngineKind::Local,
                 "tune measures the work of this process, and rollout.engine = \"{}\" samples elsewhere; measure a configuration with rollout.engine = \"local\"",
                 config.rollout.engine.word()
+            );
+            ensure!(
+                config.labeler.engine == LabelEngine::Local,
+                "tune measures the work of this process, and labeler.engine = \"{}\" labels elsewhere; measure a configuration with labeler.engine = \"local\"",
+                config.labeler.engine.word()
             );
             Ok(())
         })?;

@@ -6,15 +6,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::config::{check_board, check_nats};
 use crate::pipeline::cluster::worker::host;
-use crate::pipeline::cluster::{Nats, NatsPlan, WorkerPlan, work};
+use crate::pipeline::cluster::{Nats, NatsPlan, WorkerPlan, judge, work};
+use crate::pipeline::generate::MAX_SLOTS;
 use crate::status;
 use crate::util::exit::{Ended, before_work};
 use crate::util::process::cores;
 use crate::util::{device, signals};
+
+/// Work of a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Role {
+    /// Samples completions.
+    Rollout,
+    /// Answers for the run's judges.
+    Label,
+}
 
 /// Arguments of `preceptor worker`.
 #[derive(Debug, Args)]
@@ -31,6 +41,10 @@ pub struct Worker {
     /// Name of the run: cluster.run or run.name of its configuration.
     #[arg(long, value_name = "NAME", value_parser = |name: &str| check_board(name).map(|()| name.to_owned()))]
     run: String,
+    /// What this worker does. `rollout` samples completions; `label` answers for the run's judges whose weights workers
+    /// hold (labeler.engine = "workers").
+    #[arg(long, value_enum, default_value = "rollout")]
+    role: Role,
     /// Name of this worker, which no other worker of the run may have: letters, digits, `-` and `_`. The default is the
     /// name of the machine and the number of the process.
     #[arg(long, value_name = "NAME", value_parser = |name: &str| check_board(name).map(|()| name.to_owned()))]
@@ -38,13 +52,13 @@ pub struct Worker {
     /// Path of the run's folder of weights (cluster.store) on this machine, if it is not the node's.
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
-    /// Number of completions that are sampled concurrently. On a CPU at most 64.
-    #[arg(long, default_value_t = 32)]
-    slots: usize,
+    /// Number of completions that are sampled concurrently, with --role rollout. On a CPU at most 64. The default is 32.
+    #[arg(long)]
+    slots: Option<usize>,
     /// Number of threads. The default is the number of cores.
     #[arg(long)]
     threads: Option<usize>,
-    /// Device that samples, such as cpu or cuda:0.
+    /// Device that computes, such as cpu or cuda:0.
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Time to finish the work under way after SIGTERM or Ctrl-C: seconds, or a number with a unit (90s, 2m).
@@ -71,18 +85,23 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 impl Worker {
-    /// Samples for the run until it ends, or until a signal.
+    /// Works for the run until it ends, or until a signal.
     ///
     /// # Errors
     /// If the broker cannot be reached, the run's model cannot be used here, or the coordinator shuts this worker out.
     pub fn run(self) -> Result<()> {
         let _deferred = signals::defer();
         let refused = |text: String| Ended::Refused(anyhow!(text));
-        if self.device == "cpu" && self.slots > crate::pipeline::generate::MAX_SLOTS {
-            let most = crate::pipeline::generate::MAX_SLOTS;
-            return Err(
-                refused(format!("--slots {}: a CPU samples at most {most} completions at once", self.slots)).into()
+        if let (Role::Label, Some(slots)) = (self.role, self.slots) {
+            let text = format!(
+                "--slots {slots} counts completions of --role rollout; a worker with --role label answers one question at a time: start several"
             );
+            return Err(refused(text).into());
+        }
+        let slots = self.slots.unwrap_or(32);
+        if self.device == "cpu" && slots > MAX_SLOTS {
+            let text = format!("--slots {slots}: a CPU samples at most {MAX_SLOTS} completions at once");
+            return Err(refused(text).into());
         }
         let machine: String =
             host().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(80).collect();
@@ -98,18 +117,15 @@ impl Worker {
             name: format!("worker {name}"),
         };
         let nats = Nats::connect_within(&plan, self.patience, &stop)?;
-        let plan = WorkerPlan {
-            run: self.run,
-            name,
-            store: self.store,
-            slots: self.slots,
-            drain: self.drain,
-            patience: self.patience,
-        };
+        let plan =
+            WorkerPlan { run: self.run, name, store: self.store, slots, drain: self.drain, patience: self.patience };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.unwrap_or_else(cores).max(1)).build()?;
-        let summary = pool.install(|| work(&plan, &device, &nats, &nats, &stop))?;
+        let (summary, done, kind) = match self.role {
+            Role::Rollout => (pool.install(|| work(&plan, &device, &nats, &nats, &stop))?, "sampled", "groups"),
+            Role::Label => (judge(&plan, &device, &pool, &nats, &nats, &stop)?, "answered", "questions"),
+        };
         status!(
-            "worker    sampled {} groups, {} tokens; gave {} back unfinished",
+            "worker    {done} {} {kind}, {} tokens; gave {} back unfinished",
             summary.groups,
             summary.tokens,
             summary.given_back

@@ -20,11 +20,14 @@ use crate::util::endpoint::Endpoint;
 section! {
     /// AI feedback: the judges and how they are asked.
     pub struct Labeler {
+        /// Place where judges with weights are computed. A judge of `remote` is asked by this process in any case.
+        [Changeable] engine: LabelEngine = is(LabelEngine::Local),
         /// Device of local judges, as `policy.device`. A judge with an explicit device has a separate CUDA stream, even
         /// on the policy's GPU, and a separate copy of the weights if the policy is the judge.
         [Changeable] device: Option<String> =
             unset("the policy's device, on which judge and policy alternate").example("\"cuda:1\"").check(|name| check_optional_device(name.as_deref())),
-        /// Number of labeler actors.
+        /// Number of labeler actors, each of which has one group labeled at a time. With `engine = "workers"`, at least
+        /// the number of workers that label.
         [Changeable] workers: usize = pool(),
         /// Number of threads of each labeler actor.
         [Changeable] threads: usize = pool(),
@@ -258,6 +261,16 @@ fn named_or_file(word: String, names: &[&str], folder: &Path) -> Result<String, 
         return Ok(path.display().to_string());
     }
     Err(format!("{word:?} is not one of {}, and there is no file {}", names.join(", "), path.display()))
+}
+
+choice! {
+    /// Place where judges with weights are computed.
+    pub enum LabelEngine {
+        /// In this process.
+        Local = "local",
+        /// On workers with `--role label`, which connect through the NATS server of `cluster.nats`.
+        Workers = "workers",
+    }
 }
 
 choice! {

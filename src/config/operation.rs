@@ -157,7 +157,7 @@ section! {
     pub struct Cluster checked by check_cluster {
         /// Address of the NATS server; several of one NATS cluster are separated by commas.
         [Changeable] nats: Option<String> =
-            unset("none; required with `rollout.engine = \"workers\"`").example("\"nats://broker:4222\"")
+            unset("none; required with `rollout.engine` or `labeler.engine = \"workers\"`").example("\"nats://broker:4222\"")
                 .check(|url| url.as_deref().map_or(Ok(()), check_nats)),
         /// Name of the run at the NATS server, which workers give as `--run`: letters, digits, `-` and `_`. Two runs of
         /// one name would take the workers from each other.

@@ -1,11 +1,16 @@
-//! Workers on other machines that sample completions for a run: messages, the coordinator's side and the worker's side.
+//! Workers on other machines that sample completions for a run, or hold its judges: messages, the coordinator's side and the worker's side.
 //!
 //! The coordinator's process trains, and is the only one that changes the run's state. Workers pull prompts from a queue and
 //! put completions into another ([`preceptor_actors::transport`]); weights travel by a folder that all see, and are announced
-//! on a notice board ([`Notices`]). [`ClusterEngine`] makes this an engine of the rollout actor.
+//! on a notice board ([`Notices`]). [`ClusterEngine`] makes this an engine of the rollout actor, and
+//! questions of [`crate::pipeline::label::workers`] are
+//! answered by workers with the judges' weights.
 
 pub mod coordinator;
 mod engine;
+mod judge_store;
+pub mod judging;
+mod label_queue;
 pub mod log;
 mod nats;
 mod notices;
@@ -15,6 +20,8 @@ pub mod worker;
 
 pub use coordinator::{Coordinator, CoordinatorPlan, put_base};
 pub use engine::ClusterEngine;
+pub use judge_store::put_judges;
+pub use judging::judge;
 pub use nats::{Nats, NatsPlan, NoConnection};
 pub use notices::{MemoryNotices, Notices};
 pub use worker::{WorkerPlan, work};

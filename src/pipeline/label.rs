@@ -14,6 +14,7 @@ pub mod panel;
 pub mod shape;
 pub mod stage;
 pub mod templates;
+pub mod workers;
 
 use anyhow::Result;
 

@@ -8,11 +8,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{Device, Tensor};
+use toml::Table;
 
-use crate::config::{Config, LabelerKind, Method, Mode, PolicyModel, RemoteJudge, Scratch, WIN_RATE};
+use crate::config::{Config, LabelEngine, LabelerKind, Method, Mode, PolicyModel, RemoteJudge, Scratch, WIN_RATE};
+use crate::lm::load::load;
 use crate::lm::model::{Decoder, DeviceReplicas, LoadTarget, ModelConfig, Weights};
 use crate::lm::precision;
-use crate::lm::source::{self, Candidate, ModelFiles, ModelRef, ResolveOptions};
+use crate::lm::source::{Candidate, ModelFiles, ModelRef, ResolveOptions};
 use crate::lm::tokens::Tokenizer;
 use crate::lm::tokens::chat::Variables;
 use crate::pipeline::data::pairs::PairSet;
@@ -22,6 +24,7 @@ use crate::pipeline::label::cache::{Cached, Store};
 use crate::pipeline::label::embedding::Embedding;
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::local::{Judge, Local};
+use crate::pipeline::label::workers::{TemplateSettings, WorkerJudges};
 use crate::pipeline::learn::StepRecord;
 use crate::pipeline::remote::Remote;
 use crate::pipeline::remote::budget::Budget;
@@ -60,6 +63,8 @@ pub struct Prepared {
     pub devices: Devices,
     /// Budget of the remote judges, if `labeler.max_cost` is set.
     pub budget: Option<Arc<Budget>>,
+    /// Judges whose weights go to workers, with `labeler.engine = "workers"`.
+    pub worker_judges: Option<Arc<WorkerJudges>>,
 }
 
 impl Prepared {
@@ -199,6 +204,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
             origin,
             devices,
             budget,
+            worker_judges: None,
         });
     }
     let devices = Devices::open(config, &device)?;
@@ -212,8 +218,10 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
         labeler: if asked { &config.labeler.methods.list } else { &[] },
         evaluator: evaluator.map_or(&[], |judge| &judge.list),
     };
-    let (backends, evaluation_backends) =
-        judges.load(config, Some(&policy), &devices.labeler, progress, budget.clone())?;
+    let on_workers = config.labeler.engine == LabelEngine::Workers && asked;
+    let worker_judges = on_workers.then(|| Arc::new(WorkerJudges::default()));
+    let place = JudgePlace { policy: Some(&policy), device: &devices.labeler, workers: worker_judges.as_ref() };
+    let (backends, evaluation_backends) = judges.load(config, &place, progress, budget.clone())?;
     let reward_start = match &config.reward_model.model {
         Some(reference) if config.has_reward_model() => {
             let start = reward_start(config, reference, &policy.tokenizer, &devices.reward_model, progress)
@@ -224,8 +232,8 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
     };
     let mut context = policy.model.config().context;
     for (method, judge) in judges.methods().zip(backends.iter().chain(&evaluation_backends)) {
-        if let (LabelerKind::Likelihood, JudgeBackend::Model(local)) = (method.kind, judge) {
-            context = context.min(local.judge().model.config().context);
+        if let (LabelerKind::Likelihood, Some((judges, _))) = (method.kind, judge.context_and_chat()) {
+            context = context.min(judges);
         }
     }
     let held_out = evaluates.then(|| data(config, &policy, context, Part::Holdout, progress)).transpose()?;
@@ -257,6 +265,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
         origin,
         devices,
         budget,
+        worker_judges,
     })
 }
 
@@ -345,9 +354,10 @@ pub fn load_judges(config: &Config, progress: bool, budget: Option<Arc<Budget>>)
     let policy = if policy_judges { Some(policy(config, &policy_device, progress)?) } else { None };
     let device = labeler_device.as_ref().unwrap_or(&policy_device);
     let judges = AskedMethods { labeler: &config.labeler.methods.list, evaluator: &[] };
-    let (backends, _) = judges.load(config, policy.as_ref(), device, progress, budget)?;
+    let place = JudgePlace { policy: policy.as_ref(), device, workers: None };
+    let (backends, _) = judges.load(config, &place, progress, budget)?;
     let judges = || config.labeler.methods.iter().zip(&backends);
-    let tokenizer = |(_, judge)| JudgeBackend::local(judge).map(|local| &local.judge().tokenizer);
+    let tokenizer = |(_, judge)| JudgeBackend::tokenizer(judge);
     let mut tokenizers = judges().filter(|(method, _)| method.kind == LabelerKind::Likelihood).filter_map(tokenizer);
     // Only likelihood judges read tokens; other judges read text. `eval alignment` can ask any local judge for
     // likelihoods, so the tokenizer of a local judge is the second choice.
@@ -362,6 +372,16 @@ pub fn load_judges(config: &Config, progress: bool, budget: Option<Arc<Budget>>)
     let local = first.or_else(|| judges().find_map(tokenizer).cloned());
     let tokenizer = local.or(policy.map(|policy| policy.tokenizer)).unwrap_or_else(Tokenizer::bytes);
     Ok(JudgeSet { backends, tokenizer })
+}
+
+/// Place of the judges with weights.
+struct JudgePlace<'a> {
+    /// The policy, which is the judge of a method without a model.
+    policy: Option<&'a Policy>,
+    /// Device of judges in this process.
+    device: &'a Device,
+    /// The labeler's judges, if they go to workers.
+    workers: Option<&'a Arc<WorkerJudges>>,
 }
 
 /// Methods whose judges a command asks.
@@ -382,8 +402,7 @@ impl AskedMethods<'_> {
     fn load(
         &self,
         config: &Config,
-        policy: Option<&Policy>,
-        device: &Device,
+        place: &JudgePlace<'_>,
         progress: bool,
         budget: Option<Arc<Budget>>,
     ) -> Result<(Vec<JudgeBackend>, Vec<JudgeBackend>)> {
@@ -404,10 +423,12 @@ impl AskedMethods<'_> {
                 made.push(made[known].clone());
                 continue;
             }
-            let key = if i < self.labeler.len() { "labeler" } else { "evaluation.labeler" };
+            let trains = i < self.labeler.len();
+            let key = if trains { "labeler" } else { "evaluation.labeler" };
+            let place = JudgePlace { workers: place.workers.filter(|_| trains), ..*place };
             let one = match &method.remote {
                 Some(remote) => remote_backend(key, remote, store.as_ref(), budget.clone())?,
-                None => local_backend(config, (key, method), policy, device, progress, store.as_ref())?,
+                None => local_backend(config, (key, method), &place, progress, store.as_ref())?,
             };
             made.push(one);
         }
@@ -421,23 +442,40 @@ fn asks(method: &Method) -> bool {
     matches!(method.kind, LabelerKind::Direct | LabelerKind::Pairwise)
 }
 
-/// Loads the local judge of `method`, whose configuration key is `key`. Answers to questions in text are cached in
-/// `store`, if there is one.
+/// Loads the judge of `method`, whose configuration key is `key`, from its weights. Answers to questions in text are cached
+/// in `store`, if there is one.
 fn local_backend(
     config: &Config,
     (key, method): (&str, &Method),
-    policy: Option<&Policy>,
-    device: &Device,
+    place: &JudgePlace<'_>,
     progress: bool,
     store: Option<&Arc<Store>>,
 ) -> Result<JudgeBackend> {
+    // Weights for workers are read once, to check them, and need no device here.
+    let device = if place.workers.is_some() { &Device::Cpu } else { place.device };
     if let (LabelerKind::Embedding, Some(reference)) = (method.kind, &method.model) {
         let options = ResolveOptions { timeout: timeout(config), progress, ..ResolveOptions::default() };
-        let embedding =
-            Embedding::load(reference, device, &options).with_context(|| format!("{key}.model cannot be loaded"))?;
-        return Ok(JudgeBackend::Embedder(embedding));
+        let (embedding, dir) = Embedding::load_from(reference, device, &options)
+            .with_context(|| format!("{key}.model cannot be loaded"))?;
+        return Ok(JudgeBackend::Embedder(match place.workers {
+            Some(workers) => {
+                Embedding { identity: embedding.identity, embedder: workers.encoder(&embedding, dir) as _ }
+            }
+            None => embedding,
+        }));
     }
-    let local = Arc::new(Local::new(load_judge(config, (key, method), policy, device, progress)?));
+    let judge = load_judge(config, (key, method), place.policy, device, progress)?;
+    if let Some(workers) = place.workers {
+        let kwargs = if method.model.is_none() { config.data.chat_template_kwargs.clone() } else { Table::new() };
+        let judge = workers.language(judge, TemplateSettings { kwargs, date: config.data.seconds() });
+        let backend = Arc::clone(&judge) as Arc<dyn Backend>;
+        let backend = match store.filter(|_| asks(method)) {
+            Some(store) => Arc::new(Cached::new(backend, Arc::clone(store))) as _,
+            None => backend,
+        };
+        return Ok(JudgeBackend::OnWorkers { judge, backend });
+    }
+    let local = Arc::new(Local::new(judge));
     Ok(match store.filter(|_| asks(method)) {
         Some(store) => {
             let backend = Arc::new(Cached::new(Arc::clone(&local) as Arc<dyn Backend>, Arc::clone(store)));
@@ -484,16 +522,13 @@ fn load_judge(
     let Some(reference) = &method.model else {
         let policy =
             policy.with_context(|| format!("{key}.model is missing, and there is no policy to use as the judge"))?;
-        return Ok(Judge {
-            model: DeviceReplicas::new(device.clone()).of(&policy.model)?,
-            tokenizer: policy.tokenizer.clone(),
-            identity: judge_identity(policy.identity, &policy.tokenizer, chat(&policy.tokenizer)),
-            chat: chat(&policy.tokenizer),
-        });
+        let (model, tokenizer) = (DeviceReplicas::new(device.clone()).of(&policy.model)?, policy.tokenizer.clone());
+        let chat = chat(&tokenizer);
+        return Ok(Judge::new(model, tokenizer, policy.identity, chat));
     };
     let (model, tokenizer, _) = load(reference, onto(config, device), timeout(config), progress)
         .with_context(|| format!("{key}.model cannot be loaded"))?;
-    let tokenizer = tokenizer.with_variables(Variables::new(&toml::Table::new(), config.data.seconds()));
+    let tokenizer = tokenizer.with_variables(Variables::new(&Table::new(), config.data.seconds()));
     if let Some(policy) = policy {
         ensure!(
             method.kind != LabelerKind::Likelihood || same_vocabulary(&policy.tokenizer, &tokenizer)?,
@@ -501,14 +536,8 @@ fn load_judge(
         );
     }
     let chat = chat(&tokenizer);
-    let identity = judge_identity(model.weights().fingerprint()?, &tokenizer, chat);
-    Ok(Judge { model: Arc::new(model), tokenizer, identity, chat })
-}
-
-/// Returns the identity of a judge whose weights have the fingerprint `weights`. Reasoning models in chat format have
-/// another identity than in earlier versions of the program, which did not suppress their reasoning and got other labels.
-fn judge_identity(weights: u64, tokenizer: &Tokenizer, chat: bool) -> u64 {
-    if chat && tokenizer.thinks() { crate::util::seed::mix(weights ^ 0x7417) } else { weights }
+    let fingerprint = model.weights().fingerprint()?;
+    Ok(Judge::new(Arc::new(model), tokenizer, fingerprint, chat))
 }
 
 /// Checks that completions of the policy can end before `rollout.max_new_tokens`, and logs a warning if they cannot.
@@ -578,31 +607,6 @@ fn reward_start(
     model = model.to_dtype(precision::dtype(config.policy.dtype))?;
     model.checkpoint_activations(config.learner.activation_checkpointing);
     Ok(RewardStart { model, head })
-}
-
-/// Loads the model that `reference` names, on the device and in the number format of `onto`. Returns the model, its
-/// tokenizer and a description of its source.
-///
-/// # Errors
-/// If no candidate of `reference` is available, or its files cannot be used.
-pub fn load(
-    reference: &ModelRef,
-    onto: LoadTarget<'_>,
-    timeout: Duration,
-    progress: bool,
-) -> Result<(Decoder, Tokenizer, String)> {
-    let options = ResolveOptions { timeout, progress, ..ResolveOptions::default() };
-    let resolved = source::resolve(reference, &options)?;
-    let (mut config, weights) = match &resolved.files {
-        ModelFiles::Gguf(path) => Weights::from_gguf(path, onto)?,
-        ModelFiles::Directory(dir) => Weights::from_directory(dir, onto)?,
-    };
-    let tokenizer = Tokenizer::from_files(&resolved.files)?;
-    // The tokenizer's end token comes first, because it is the one that programs with a single end token use.
-    let described = std::mem::replace(&mut config.eos, tokenizer.eos_ids().to_vec());
-    config.add_ends(&described);
-    let model = Decoder::new(&config, &weights).with_context(|| format!("in {}", resolved.origin))?;
-    Ok((model, tokenizer, resolved.origin))
 }
 
 fn scratch_shape(scratch: &Scratch, tokenizer: &Tokenizer) -> ModelConfig {

@@ -13,7 +13,7 @@ use preceptor_actors::{
     Admission, AdmissionGate, GraphBuilder, Inlet, Outlet, SnapshotCell, StageError, StageResult, StageSpec,
 };
 
-use crate::config::{Config, LabelForm, Mode, RewardScaling, RolloutWeights, UpdateMode};
+use crate::config::{Config, EngineKind, LabelForm, Mode, RewardScaling, RolloutWeights, UpdateMode};
 use crate::lm::model::{Decoder, DeviceReplicas};
 use crate::lm::tokens::Tokenizer;
 use crate::pipeline::cluster::{ClusterEngine, Coordinator};
@@ -234,7 +234,9 @@ impl Node {
             builder.stage(StageSpec::new("rollout-0").role("rollout"), stage, prompts, groups);
             return;
         }
-        if let Some(coordinator) = self.coordinator.get() {
+        if self.config.rollout.engine == EngineKind::Workers
+            && let Some(coordinator) = self.coordinator.get()
+        {
             let engine = ClusterEngine::new(Arc::clone(coordinator), self.config.rollout.slots, warm_up);
             let stage = self.rollout(Box::new(engine), seed, entries);
             builder.stage(StageSpec::new("rollout-0").role("rollout"), stage, prompts, groups);

@@ -552,7 +552,10 @@ fn write_warmed_up(
 fn adjustable_limits(config: &Config, prepared: &Prepared) -> AdjustableLimits {
     let remote = prepared.backends.iter().find_map(|judge| match judge {
         JudgeBackend::Asked(backend) => backend.concurrency_limit(),
-        JudgeBackend::Model(_) | JudgeBackend::Cached { .. } | JudgeBackend::Embedder(_) => None,
+        JudgeBackend::Model(_)
+        | JudgeBackend::Cached { .. }
+        | JudgeBackend::OnWorkers { .. }
+        | JudgeBackend::Embedder(_) => None,
     });
     let rollout = AdjustableLimit::new(config.rollout.group_size, config.rollout.slots);
     AdjustableLimits { rollout: Some(Arc::new(rollout)), labeler: remote }

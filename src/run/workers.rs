@@ -12,7 +12,7 @@ use super::supervise::run_interruptible;
 use crate::config::{Choice, Config, EngineKind};
 use crate::pipeline::cluster::log::{GroupLog, Start};
 use crate::pipeline::cluster::protocol::{Bounds, LoraNotice, RunState, SamplingNotice};
-use crate::pipeline::cluster::{Coordinator, CoordinatorPlan, Nats, NatsPlan, put_base};
+use crate::pipeline::cluster::{Coordinator, CoordinatorPlan, Nats, NatsPlan, put_base, put_judges};
 use crate::pipeline::served::FolderStore;
 use crate::pipeline::topology::learning::lora;
 use crate::pipeline::topology::{Node, admission, sampling};
@@ -32,7 +32,7 @@ const LOG: &str = "groups";
 /// # Errors
 /// If the broker cannot be used.
 pub(super) fn connect(config: &Config) -> Result<Option<Nats>> {
-    if config.rollout.engine != EngineKind::Workers {
+    if !config.has_workers() {
         return Ok(None);
     }
     let cluster = &config.cluster;
@@ -130,7 +130,15 @@ impl Workers {
             let (weights, name) = (&node.cell.latest().value, run_name(&config).to_owned());
             let dir = config.cluster.store.clone().unwrap_or_else(|| run.join("cluster"));
             let store = FolderStore::new(&dir, None, None, weights.dtype()).context("cluster.store")?;
-            let base = put_base(&store, weights, &node.prepared.tokenizer, weights.lora().is_some())?;
+            let samples = config.rollout.engine == EngineKind::Workers;
+            let base = match samples {
+                true => put_base(&store, weights, &node.prepared.tokenizer, weights.lora().is_some())?,
+                false => Default::default(),
+            };
+            let judges = match &node.prepared.worker_judges {
+                Some(judges) => put_judges(judges, &store, config.policy.matmul_precision.word())?,
+                None => Vec::new(),
+            };
             let place = run.canonicalize().unwrap_or(run);
             let plan = CoordinatorPlan {
                 tag: seed::text(&place.to_string_lossy()) as u32,
@@ -147,18 +155,26 @@ impl Workers {
                 lease: Duration::from_secs_f64(config.cluster.lease_s),
                 store: store.seen_as().display().to_string(),
                 base,
+                samples,
+                judges,
                 run: name,
             };
-            status!(
-                "workers   start them with: preceptor worker --join {} --run {}",
-                config.cluster.nats.as_deref().unwrap_or_default(),
-                plan.run
-            );
+            let roles = [(samples, ""), (!plan.judges.is_empty(), " --role label")];
+            for (_, role) in roles.iter().filter(|(used, _)| *used) {
+                status!(
+                    "workers   start them with: preceptor worker --join {} --run {}{role}",
+                    config.cluster.nats.as_deref().unwrap_or_default(),
+                    plan.run
+                );
+            }
             let (nats, store) = (Arc::new(nats), Arc::new(store));
             let coordinator = retried(|| {
                 Coordinator::start(plan.clone(), Arc::clone(&nats) as _, Arc::clone(&nats) as _, log.clone())
             })?;
             retried(|| coordinator.open(&node.cell, Arc::clone(&store) as _))?;
+            if let Some(judges) = &node.prepared.worker_judges {
+                retried(|| coordinator.open_judges(&judges.pool))?;
+            }
             // It is set here only.
             let _ = node.coordinator.set(Arc::clone(&coordinator));
             Ok(coordinator)

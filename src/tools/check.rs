@@ -8,9 +8,10 @@ use anyhow::{Result, ensure};
 use candle_core::Device;
 
 use crate::config::{
-    Config, CorrectionKind, LabelerKind, MatmulPrecision, Method, Mode, RolloutWeights, ValueKind, WIN_RATE,
-    WeightDtype,
+    Config, CorrectionKind, LabelEngine, LabelerKind, MatmulPrecision, Method, Mode, RolloutWeights, ValueKind,
+    WIN_RATE, WeightDtype,
 };
+use crate::lm::tokens::Tokenizer;
 use crate::observe::serve::Token;
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::templates::{Preamble, TemplateSet};
@@ -81,11 +82,9 @@ fn reasoning(config: &Config, prepared: &Prepared) -> Vec<String> {
             config.rollout.max_new_tokens
         ));
     }
-    let mut judges = prepared.judges(config).filter_map(|(_, judge)| match judge {
-        JudgeBackend::Model(local) | JudgeBackend::Cached { local, .. } => Some(local.judge()),
-        JudgeBackend::Asked(_) | JudgeBackend::Embedder(_) => None,
-    });
-    if judges.any(|judge| judge.chat && judge.tokenizer.thinks()) {
+    let chats = |judge: &JudgeBackend| judge.context_and_chat().is_some_and(|(_, chat)| chat);
+    let thinks = |judge: &JudgeBackend| judge.tokenizer().is_some_and(Tokenizer::thinks);
+    if prepared.judges(config).any(|(_, judge)| chats(judge) && thinks(judge)) {
         lines.push(
             "reasoning   the local judge's chat template enables reasoning; it is asked with enable_thinking = false"
                 .into(),
@@ -144,7 +143,10 @@ impl Sizes {
             JudgeBackend::Model(local) | JudgeBackend::Cached { local, .. } if method.model.is_some() => {
                 local.judge().model.config().parameters() as f64
             }
-            JudgeBackend::Model(_) | JudgeBackend::Cached { .. } | JudgeBackend::Asked(_) => 0.0,
+            JudgeBackend::Model(_)
+            | JudgeBackend::Cached { .. }
+            | JudgeBackend::OnWorkers { .. }
+            | JudgeBackend::Asked(_) => 0.0,
             JudgeBackend::Embedder(embedding) => embedding.embedder.parameters() as f64,
         };
         let judges = prepared.judges(config).map(of).sum();
@@ -166,7 +168,8 @@ impl Sizes {
         };
         let (home, devices) = (&config.policy.device, &prepared.devices);
         let policy = prepared.policy().device();
-        let own = |method: &Method| method.model.is_none() && method.remote.is_none();
+        let here = config.labeler.engine == LabelEngine::Local;
+        let own = |method: &Method| here && method.model.is_none() && method.remote.is_none();
         let own_judge = prepared.judges(config).any(|(method, _)| own(method));
         // The initial weights are kept if the KL, adapters, a judge or evaluations need them.
         let start_stays = config.reward.reference
@@ -372,7 +375,9 @@ fn limited(device: &Device) -> String {
 
 /// Compares the threads of all stages that compute on this machine with its cores.
 fn threads(config: &Config) -> String {
-    let labels_here = config.needs_labels() && config.labeler.methods.iter().any(|method| method.remote.is_none());
+    let labels_here = config.needs_labels()
+        && config.labeler.engine == LabelEngine::Local
+        && config.labeler.methods.iter().any(|method| method.remote.is_none());
     let stages = [
         ("rollout", config.rollout.workers, config.rollout.threads),
         ("labeler", if labels_here { config.labeler.workers } else { 0 }, config.labeler.threads),

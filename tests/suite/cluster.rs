@@ -261,6 +261,8 @@ impl Cluster {
             lease: LEASE,
             store: store.seen_as().display().to_string(),
             base,
+            samples: true,
+            judges: Vec::new(),
         };
         let coordinator = Coordinator::start(plan, Arc::clone(&transport), Arc::clone(&notices), None).unwrap();
         let fingerprint = model.weights().fingerprint().unwrap();

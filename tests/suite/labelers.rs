@@ -9,7 +9,7 @@ use preceptor::lm::tokens::Tokenizer;
 use preceptor::pipeline::label::Labeler;
 use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, Usage};
 use preceptor::pipeline::label::judge::JudgeBackend;
-use preceptor::pipeline::label::likelihood::Likelihood;
+use preceptor::pipeline::label::likelihood::{Likelihood, TokenJudge};
 use preceptor::pipeline::label::local::{Judge, Local};
 use preceptor::pipeline::topology::labelers::labeler_on;
 use preceptor::types::{Completion, Finish, Group, Prompt, Verdict};
@@ -95,7 +95,7 @@ fn the_likelihood_weighs_its_unconditional_term() {
             .into(),
     };
     let label = |weight: f64, blank: &[u32]| {
-        let judge = judge.clone();
+        let judge: Arc<dyn TokenJudge> = Arc::new(judge.clone());
         let labeler = Likelihood { judge, length_normalise: false, unconditional_weight: weight, temperature: 1.0 };
         labeler.label(&group(blank))
     };

@@ -17,6 +17,7 @@ mod formats;
 mod hardening;
 mod judges;
 mod label_cache;
+mod label_workers;
 mod labelers;
 mod lora;
 mod mock_judge;

@@ -46,6 +46,11 @@ const MODULES: &[(&str, &str, &[&str])] = &[
         &["lm::validate", "util::disk", "util::mutex", "util::read_bounded", "util::seed"],
     ),
     (
+        "lm::load",
+        "A model with its tokenizer, from the source that a reference names.",
+        &["lm::model", "lm::source", "lm::tokens"],
+    ),
+    (
         "observe::telemetry",
         "Prometheus metrics and their catalogue.",
         &["rl::ledger", "types", "util::device", "util::mutex", "util::process"],
@@ -153,14 +158,17 @@ const MODULES: &[(&str, &str, &[&str])] = &[
     ),
     (
         "pipeline::cluster",
-        "Workers on other machines that sample completions: messages, the coordinator and its log, the worker, NATS.",
+        "Workers on other machines that sample completions or hold judges: messages, the coordinator and its log, the worker, NATS.",
         &[
             "config",
+            "lm::load",
             "lm::model",
+            "lm::precision",
             "lm::source",
             "lm::tokens",
             "observe::telemetry",
             "pipeline::generate",
+            "pipeline::label",
             "pipeline::served",
             "rl::ledger",
             "types",
@@ -168,6 +176,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
             "util::failpoints",
             "util::frames",
             "util::mutex",
+            "util::seed",
         ],
     ),
     (
@@ -224,6 +233,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
         "Models, tokenizers, judges and data loaded and checked before compute is spent.",
         &[
             "config",
+            "lm::load",
             "lm::model",
             "lm::precision",
             "lm::source",
@@ -353,6 +363,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
         "Validates a configuration and predicts memory, disk, tokens and cost of its run.",
         &[
             "config",
+            "lm::tokens",
             "observe::monitor",
             "observe::serve",
             "pipeline::data",
@@ -430,6 +441,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
         "The command line, one file for each command.",
         &[
             "config",
+            "lm::load",
             "lm::model",
             "lm::precision",
             "lm::source",

@@ -4,7 +4,7 @@
 use preceptor_actors::RoleShare;
 use serde::Serialize;
 
-use crate::config::{Choice, Config, EngineKind, RolloutWeights};
+use crate::config::{Choice, Config, EngineKind, LabelEngine, RolloutWeights};
 use crate::pipeline::generate::MAX_SLOTS;
 use crate::pipeline::served::ServerReport;
 
@@ -264,7 +264,10 @@ fn remote_label_relief(config: &Config) -> Vec<Setting> {
 fn label_relief(config: &Config, spare: usize) -> Vec<Setting> {
     let labeler = &config.labeler;
     let mut settings = Vec::new();
-    if spare > 0 {
+    if labeler.engine == LabelEngine::Workers {
+        let why = "twice as many groups are labeled concurrently, if there are as many workers that label; otherwise add workers";
+        settings.push(change("labeler.workers", labeler.workers, 2 * labeler.workers, why));
+    } else if spare > 0 {
         let (workers, threads) = (labeler.workers, labeler.threads);
         settings.push(change("labeler.workers", workers, workers + 1, "another labeler judges concurrently"));
         settings.push(change("labeler.threads", threads, threads + spare, "each judgement has more threads"));

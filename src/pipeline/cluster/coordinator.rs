@@ -19,8 +19,8 @@ use preceptor_actors::{Admission, SnapshotCell};
 use super::log::GroupLog;
 use super::notices::Notices;
 use super::protocol::{
-    Bounds, Done, LoraNotice, MAX_MESSAGE, OLDEST_PROTOCOL, PROTOCOL, RUN, RunNotice, RunState, SamplingNotice,
-    WEIGHTS, WeightsNotice, Work, decode, encode,
+    Bounds, Done, JudgeNotice, LoraNotice, MAX_MESSAGE, OLDEST_PROTOCOL, PROTOCOL, RUN, RunNotice, RunState,
+    SamplingNotice, WEIGHTS, WeightsNotice, Work, decode, encode,
 };
 use super::roster::{REFUSALS, Roster};
 use crate::lm::model::config::Head;
@@ -64,6 +64,10 @@ pub struct CoordinatorPlan {
     pub store: String,
     /// Folder below the store with the model's configuration and tokenizer, and the SHA-256 of its list of checksums.
     pub base: (String, String),
+    /// True if workers sample.
+    pub samples: bool,
+    /// Judges whose weights are on workers.
+    pub judges: Vec<JudgeNotice>,
 }
 
 /// Names of a lineage's queues.
@@ -73,12 +77,22 @@ pub struct QueueNames {
     pub work: String,
     /// Queue of results.
     pub results: String,
+    /// Queue of questions for judges.
+    pub questions: String,
+    /// Queue of the judges' answers.
+    pub answers: String,
 }
 
 impl QueueNames {
     /// Returns the names for a lineage of a run.
     pub fn of(run: &str, lineage: u64) -> Self {
-        Self { work: format!("{run}.{lineage:016x}.rollout"), results: format!("{run}.{lineage:016x}.results") }
+        let name = |queue: &str| format!("{run}.{lineage:016x}.{queue}");
+        Self { work: name("rollout"), results: name("results"), questions: name("questions"), answers: name("answers") }
+    }
+
+    /// Returns all names.
+    pub fn all(&self) -> [&String; 4] {
+        [&self.work, &self.results, &self.questions, &self.answers]
     }
 }
 
@@ -138,7 +152,7 @@ pub struct Arrived {
 /// Coordinator of a run.
 pub struct Coordinator {
     pub(super) plan: CoordinatorPlan,
-    transport: Arc<dyn Transport>,
+    pub(super) transport: Arc<dyn Transport>,
     notices: Arc<dyn Notices>,
     /// Log in which groups are durable before their results are acknowledged.
     log: Option<Arc<GroupLog>>,
@@ -187,8 +201,9 @@ impl Coordinator {
             let earlier: RunNotice = serde_json::from_slice(&earlier)
                 .with_context(|| format!("the notice of the run {} on the broker is damaged", plan.run))?;
             let names = QueueNames::of(&plan.run, earlier.lineage);
-            transport.remove(&names.work)?;
-            transport.remove(&names.results)?;
+            for queue in names.all() {
+                transport.remove(queue)?;
+            }
         }
         let names = QueueNames::of(&plan.run, plan.lineage);
         let limits = QueueLimits { lease: plan.lease, messages: 100_000, bytes: MAX_MESSAGE };
@@ -212,15 +227,22 @@ impl Coordinator {
         }))
     }
 
-    /// Announces the run and the weights in `cell`, and begins to take results and to announce each new version, which `store`
-    /// keeps for workers.
+    /// Announces the run and begins to take results. If workers sample, it announces the weights in `cell` and each new
+    /// version, which `store` keeps for them.
     ///
     /// # Errors
     /// If the weights cannot be stored, or the transport is not available.
     pub fn open(self: &Arc<Self>, cell: &Arc<SnapshotCell<Decoder>>, store: Arc<dyn WeightStore>) -> Result<()> {
-        self.announce(&cell.latest(), &*store)?;
+        if self.plan.samples {
+            self.announce(&cell.latest(), &*store)?;
+        }
         self.notice(RunState::Open)?;
         telemetry::broker(true);
+        let coordinator = Arc::clone(self);
+        self.spawn("collect", move || coordinator.collect())?;
+        if !self.plan.samples {
+            return Ok(());
+        }
         let mut reader = cell.reader("workers");
         let coordinator = Arc::clone(self);
         let publish = move || {
@@ -240,12 +262,17 @@ impl Coordinator {
                 reader.acknowledge(&snapshot, snapshot.fingerprint);
             }
         };
-        let coordinator = Arc::clone(self);
-        let collect = move || coordinator.collect();
-        let mut threads = lock(&self.threads);
-        threads.push(std::thread::Builder::new().name("announce".into()).spawn(publish)?);
-        threads.push(std::thread::Builder::new().name("collect".into()).spawn(collect)?);
+        self.spawn("announce", publish)
+    }
+
+    /// Starts a thread that ends when the coordinator stops.
+    pub(super) fn spawn(&self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+        lock(&self.threads).push(std::thread::Builder::new().name(name.into()).spawn(work)?);
         Ok(())
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
     }
 
     fn notice(&self, state: RunState) -> Result<()> {
@@ -263,6 +290,8 @@ impl Coordinator {
             lora: plan.lora.clone(),
             group_size: plan.group_size,
             lease_ms: u64::try_from(plan.lease.as_millis()).unwrap_or(u64::MAX),
+            samples: plan.samples,
+            judges: plan.judges.clone(),
         };
         Ok(self.notices.set(&plan.run, RUN, &serde_json::to_vec(&notice)?)?)
     }
@@ -304,7 +333,7 @@ impl Coordinator {
         if let Err(error) = self.notice(state) {
             tracing::warn!("cannot tell the workers how the run ended: {error:#}");
         }
-        for queue in [&self.names.work, &self.names.results] {
+        for queue in self.names.all() {
             if let Err(error) = self.transport.remove(queue) {
                 tracing::warn!("cannot remove the queue {queue}: {error}");
             }
@@ -432,7 +461,7 @@ impl Coordinator {
     }
 
     /// Returns whether the notice of the run is that of another coordinator.
-    fn is_replaced(&self) -> bool {
+    pub(super) fn is_replaced(&self) -> bool {
         match self.notices.get(&self.plan.run, RUN) {
             Ok(Some(notice)) => {
                 serde_json::from_slice::<RunNotice>(&notice).is_ok_and(|notice| notice.lineage != self.plan.lineage)
@@ -531,15 +560,8 @@ impl Coordinator {
 
     /// Refuses a result: it is removed, and its work is offered again.
     fn refuse(&self, lease: Box<dyn Lease>, worker: &str, why: &str) {
-        self.counts.refused.fetch_add(1, Ordering::Relaxed);
         telemetry::worker_result("refused");
-        status!("workers   a result of {worker} is refused: {why}");
-        if self.roster.refused(worker, why) {
-            status!("workers   {worker} is shut out after {REFUSALS} refused results");
-            if let Err(error) = self.notices.set(&self.plan.run, &shut_out(worker), why.as_bytes()) {
-                self.failed(&error.to_string());
-            }
-        }
+        self.refused(worker, why);
         if let Ok(done) = decode::<Done>(lease.body())
             && let Some(open) = lock(&self.open).get_mut(&done.seq)
             && done.lineage == self.plan.lineage
@@ -549,7 +571,19 @@ impl Coordinator {
         self.acknowledge(lease);
     }
 
-    fn acknowledge(&self, lease: Box<dyn Lease>) {
+    /// Tells that a result of `worker` was refused, and shuts the worker out after several.
+    pub(super) fn refused(&self, worker: &str, why: &str) {
+        self.counts.refused.fetch_add(1, Ordering::Relaxed);
+        status!("workers   a result of {worker} is refused: {why}");
+        if self.roster.refused(worker, why) {
+            status!("workers   {worker} is shut out after {REFUSALS} refused results");
+            if let Err(error) = self.notices.set(&self.plan.run, &shut_out(worker), why.as_bytes()) {
+                self.failed(&error.to_string());
+            }
+        }
+    }
+
+    pub(super) fn acknowledge(&self, lease: Box<dyn Lease>) {
         // A result that is delivered again is known then.
         if let Err(error) = lease.acknowledge() {
             tracing::debug!("cannot acknowledge a result: {error}");
@@ -558,18 +592,23 @@ impl Coordinator {
 
     /// Returns why no work is done, if that is so.
     pub fn reasons_of_wait(&self) -> String {
-        if let Some(why) = &*lock(&self.outage) {
-            return why.clone();
+        if let Some(why) = self.outage() {
+            return why;
         }
         if let Some(why) = self.log.as_ref().and_then(|log| log.failure()) {
             return why;
         }
-        self.roster.reason_of_wait().unwrap_or_else(|| {
+        self.roster.reason_of_wait("rollout").unwrap_or_else(|| {
             format!("waits for workers; start one with: preceptor worker --join ADDRESS --run {}", self.plan.run)
         })
     }
 
-    fn failed(&self, why: &str) {
+    /// Returns the last failure of the transport, while it lasts.
+    pub(super) fn outage(&self) -> Option<String> {
+        lock(&self.outage).clone()
+    }
+
+    pub(super) fn failed(&self, why: &str) {
         let mut outage = lock(&self.outage);
         if outage.is_none() {
             status!("workers   {why}; it is tried again");
@@ -578,7 +617,7 @@ impl Coordinator {
         telemetry::broker(false);
     }
 
-    fn recovered(&self) {
+    pub(super) fn recovered(&self) {
         if lock(&self.outage).take().is_some() {
             status!("workers   the broker answers again");
             telemetry::broker(true);

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::generate::Sampled;
+use crate::pipeline::label::workers::questions::{LabelAnswer, Question};
 use crate::types::Finish;
 
 /// Number of this program's protocol.
@@ -52,6 +53,67 @@ pub struct RunNotice {
     pub group_size: usize,
     /// Longest time in milliseconds without a sign of life of a worker.
     pub lease_ms: u64,
+    /// True if workers sample. Earlier programs have runs with workers that sample only, and do not write it.
+    #[serde(default = "yes")]
+    pub samples: bool,
+    /// Judges whose weights are on workers.
+    #[serde(default)]
+    pub judges: Vec<JudgeNotice>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What a worker must know of a judge before it answers for it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JudgeNotice {
+    /// Folder below the store with the judge's configuration, weights and tokenizer.
+    pub name: String,
+    /// SHA-256 of the folder's list of checksums.
+    pub sha256: String,
+    /// True for a sentence encoder, false for a language model.
+    pub encodes: bool,
+    /// Fingerprint of the weights.
+    pub fingerprint: u64,
+    /// Data type of the weights: `f32` or `bf16`.
+    pub dtype: String,
+    /// Precision of `f32` matrix products, as in `policy.matmul_precision`.
+    pub matmul_precision: String,
+    /// True if questions are wrapped in the model's chat template.
+    pub chat: bool,
+    /// Variables of the chat template, as in `data.chat_template_kwargs`.
+    #[serde(default)]
+    pub chat_template_kwargs: toml::Table,
+    /// Time of `strftime_now` in the chat template, in seconds since 1970.
+    #[serde(default)]
+    pub date: Option<u64>,
+}
+
+/// A question for a judge.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LabelWork {
+    /// Lineage of the work.
+    pub lineage: u64,
+    /// Number of the question.
+    pub id: u64,
+    /// Folder of the judge, [`JudgeNotice::name`].
+    pub judge: String,
+    /// The question.
+    pub question: Question,
+}
+
+/// Answer to a question.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LabelDone {
+    /// Lineage of the work.
+    pub lineage: u64,
+    /// Number of the question.
+    pub id: u64,
+    /// Name of the worker.
+    pub worker: String,
+    /// The answer.
+    pub answer: LabelAnswer,
 }
 
 /// State of a run, as its workers must know it.

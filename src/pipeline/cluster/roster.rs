@@ -17,6 +17,9 @@ const FORGOTTEN: Duration = Duration::from_secs(600);
 /// Number of refused results after which a worker is shut out.
 pub(super) const REFUSALS: u64 = 3;
 
+/// Role of a worker that answers for judges.
+pub(super) const LABEL: &str = "label";
+
 /// Workers by name.
 #[derive(Default)]
 pub struct Roster(Mutex<BTreeMap<String, Worker>>);
@@ -52,7 +55,7 @@ impl Worker {
             ("rejected", format!("{} of its results were refused, the last one because {}", self.refused, self.why))
         } else if !self.here {
             ("down", format!("has given no sign of life for {silent} s"))
-        } else if pulse.version.is_none() {
+        } else if pulse.version.is_none() && pulse.role != LABEL {
             ("starting", pulse.waits.clone())
         } else {
             ("ready", pulse.waits.clone())
@@ -127,10 +130,10 @@ impl Roster {
         lock(&self.0).get(worker).is_some_and(|worker| worker.refused >= REFUSALS)
     }
 
-    /// Returns why no work is done: empty if work is done, `None` if there is no worker.
-    pub(super) fn reason_of_wait(&self) -> Option<String> {
+    /// Returns why workers of this role do no work: empty if they do, `None` if there is none.
+    pub(super) fn reason_of_wait(&self, role: &str) -> Option<String> {
         let workers = lock(&self.0);
-        let here: Vec<_> = workers.iter().filter(|(_, worker)| worker.here).collect();
+        let here: Vec<_> = workers.iter().filter(|(_, worker)| worker.here && worker.pulse.role == role).collect();
         if here.is_empty() {
             return None;
         }
@@ -168,11 +171,11 @@ mod tests {
     #[test]
     fn workers_are_shown_while_they_are_here_and_when_they_are_shut_out() {
         let roster = Roster::default();
-        assert_eq!(roster.reason_of_wait(), None);
+        assert_eq!(roster.reason_of_wait("rollout"), None);
         roster.hear(vec![("a".into(), pulse(0, "waits for weights", false)), ("b".into(), b"not json".to_vec())]);
-        assert_eq!(roster.reason_of_wait(), Some("a waits for weights".into()));
+        assert_eq!(roster.reason_of_wait("rollout"), Some("a waits for weights".into()));
         roster.hear(vec![("a".into(), pulse(100, "", false))]);
-        assert_eq!(roster.reason_of_wait(), Some(String::new()));
+        assert_eq!(roster.reason_of_wait("rollout"), Some(String::new()));
         let shown = &roster.report()[0];
         assert_eq!((shown.url.as_str(), shown.condition, shown.version), ("a on h", "ready", Some(3)));
         assert!(shown.tokens_per_s > 0.0);

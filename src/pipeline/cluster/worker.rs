@@ -35,13 +35,13 @@ use crate::types::Prompt;
 use crate::util::mutex::lock;
 
 /// Time between two signs of life.
-const PULSE: Duration = Duration::from_secs(5);
+pub(super) const PULSE: Duration = Duration::from_secs(5);
 /// Time between two looks for new weights and for the run.
 const LOOK: Duration = Duration::from_millis(200);
 /// Longest wait for work before the worker looks for anything else.
-const PULL: Duration = Duration::from_millis(500);
+pub(super) const PULL: Duration = Duration::from_millis(500);
 /// Time without progress of the engine after which the worker gives no sign of life for its work.
-const STUCK: Duration = Duration::from_secs(120);
+pub(super) const STUCK: Duration = Duration::from_secs(120);
 
 /// Settings of a worker.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,12 +63,14 @@ pub struct WorkerPlan {
 /// What a worker did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Number of groups whose results were handed over.
+    /// Number of groups, or answers of judges, whose results were handed over.
     pub groups: u64,
     /// Number of tokens of these groups.
     pub tokens: u64,
-    /// Number of groups given back unfinished.
+    /// Number of groups or questions given back unfinished.
     pub given_back: u64,
+    /// Number of bytes of the results.
+    pub bytes: u64,
 }
 
 /// Works for the run until it ends, or until `stop` is set and the work under way is finished or the time for that is over.
@@ -87,12 +89,18 @@ pub fn work(
     let mut left = None;
     loop {
         let Some(notice) = wait_for_run(plan, notices, stop, left)? else { return Ok(total) };
+        ensure!(
+            notice.samples,
+            "the run {} samples without workers; start this one with --role label, or set rollout.engine = \"workers\" in the run's configuration",
+            plan.run
+        );
         status!("worker    {} works for {}, lineage {:016x}", plan.name, plan.run, notice.lineage);
         let mut lineage = Lineage::open(plan, device, &notice)?;
         let ended = lineage.work(transport, notices, stop);
         total.groups += lineage.summary.groups;
         total.tokens += lineage.summary.tokens;
         total.given_back += lineage.summary.given_back;
+        total.bytes += lineage.bytes;
         match ended? {
             Ended::Stopped => return Ok(total),
             Ended::Replaced => left = Some(notice.lineage),
@@ -101,7 +109,7 @@ pub fn work(
 }
 
 /// Reason why a worker stops working for a lineage.
-enum Ended {
+pub(super) enum Ended {
     /// The worker is told to stop, or the run has ended.
     Stopped,
     /// The run has another lineage.
@@ -110,7 +118,7 @@ enum Ended {
 
 /// Waits until the run is announced, with another lineage than `left`. `None` if the worker is told to stop or the run has
 /// ended.
-fn wait_for_run(
+pub(super) fn wait_for_run(
     plan: &WorkerPlan,
     notices: &dyn Notices,
     stop: &AtomicBool,
@@ -149,7 +157,7 @@ fn wait_for_run(
         // A coordinator that was there comes back.
         ensure!(
             left.is_some() || began.elapsed() < plan.patience,
-            "no run {} was announced within {} s; start it with rollout.engine = \"workers\", or correct --run and --join",
+            "no run {} was announced within {} s; start it with rollout.engine or labeler.engine = \"workers\", or correct --run and --join",
             plan.run,
             plan.patience.as_secs()
         );
@@ -160,6 +168,50 @@ fn wait_for_run(
         std::thread::sleep(LOOK);
     }
     Ok(None)
+}
+
+/// Returns the path of a folder of the run's store, after its files are checked.
+///
+/// # Errors
+/// If a file is missing or differs from the coordinator's.
+pub(super) fn folder(plan: &WorkerPlan, notice: &RunNotice, name: &str, sha256: &str) -> Result<PathBuf> {
+    let store = plan.store.clone().unwrap_or_else(|| PathBuf::from(&notice.store));
+    let dir = store.join(name);
+    verify(&dir, sha256).with_context(|| {
+        format!("a model of the run cannot be read in {}; give its path on this machine with --store", store.display())
+    })?;
+    Ok(dir)
+}
+
+/// Returns whether the work for the lineage of `notice` is over.
+///
+/// # Errors
+/// If the coordinator has shut this worker out.
+pub(super) fn is_over(plan: &WorkerPlan, notice: &RunNotice, notices: &dyn Notices) -> Result<Option<Ended>> {
+    let asked = notices.get(&plan.run, &shut_out(&plan.name)).and_then(|out| Ok((out, notices.get(&plan.run, RUN)?)));
+    let (out, run) = match asked {
+        Ok(answers) => answers,
+        Err(error) => {
+            tracing::warn!("{error}");
+            return Ok(None);
+        }
+    };
+    if let Some(why) = out {
+        bail!(
+            "the coordinator has shut this worker out: {}; restart it under another --name once the cause is mended",
+            String::from_utf8_lossy(&why)
+        );
+    }
+    let Some(run) = run else { return Ok(None) };
+    let found: RunNotice = serde_json::from_slice(&run)?;
+    Ok(match found.state {
+        RunState::Ended => {
+            status!("worker    the run {} has ended", plan.run);
+            Some(Ended::Stopped)
+        }
+        RunState::Open if found.lineage == notice.lineage => None,
+        RunState::Open | RunState::Paused => Some(Ended::Replaced),
+    })
 }
 
 /// Leases of the work of one worker, which another thread extends.
@@ -221,13 +273,7 @@ struct Lineage<'a> {
 impl<'a> Lineage<'a> {
     fn open(plan: &'a WorkerPlan, device: &Device, notice: &RunNotice) -> Result<Self> {
         let store = plan.store.clone().unwrap_or_else(|| PathBuf::from(&notice.store));
-        let dir = store.join(&notice.base);
-        verify(&dir, &notice.base_sha256).with_context(|| {
-            format!(
-                "the model of the run cannot be read in {}; give its path on this machine with --store",
-                store.display()
-            )
-        })?;
+        let dir = folder(plan, notice, &notice.base, &notice.base_sha256)?;
         let config = ModelConfig::from_directory(&dir)?;
         let tokenizer = Tokenizer::from_files(&ModelFiles::Directory(dir.clone()))?;
         let base = notice.lora.is_some().then(|| read(&dir, &config, device)).transpose()?;
@@ -318,7 +364,7 @@ impl<'a> Lineage<'a> {
             if pulsed.is_none_or(|at| at.elapsed() > PULSE) {
                 pulsed = Some(Instant::now());
                 self.pulse(notices, false)?;
-                if let Some(ended) = self.is_over(notices)? {
+                if let Some(ended) = is_over(self.plan, &self.notice, notices)? {
                     return Ok(ended);
                 }
             }
@@ -338,36 +384,6 @@ impl<'a> Lineage<'a> {
                 std::thread::sleep(LOOK / 4);
             }
         }
-    }
-
-    /// Returns whether the work for this lineage is over.
-    fn is_over(&self, notices: &dyn Notices) -> Result<Option<Ended>> {
-        let asked = notices
-            .get(&self.plan.run, &shut_out(&self.plan.name))
-            .and_then(|out| Ok((out, notices.get(&self.plan.run, RUN)?)));
-        let (out, run) = match asked {
-            Ok(answers) => answers,
-            Err(error) => {
-                tracing::warn!("{error}");
-                return Ok(None);
-            }
-        };
-        if let Some(why) = out {
-            bail!(
-                "the coordinator has shut this worker out: {}; restart it under another --name once the cause is mended",
-                String::from_utf8_lossy(&why)
-            );
-        }
-        let Some(run) = run else { return Ok(None) };
-        let notice: RunNotice = serde_json::from_slice(&run)?;
-        Ok(match notice.state {
-            RunState::Ended => {
-                status!("worker    the run {} has ended", self.plan.run);
-                Some(Ended::Stopped)
-            }
-            RunState::Open if notice.lineage == self.notice.lineage => None,
-            RunState::Open | RunState::Paused => Some(Ended::Replaced),
-        })
     }
 
     /// Loads the announced weights if they are newer than those in use.

@@ -10,7 +10,7 @@ use super::shape::Shape;
 use crate::util::limit::AdjustableLimit;
 
 /// One question with a closed set of answers.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Ask {
     /// Complete prompt as text; the backend wraps it in a chat template if the model needs one.
     pub prompt: String,
@@ -19,7 +19,7 @@ pub struct Ask {
 }
 
 /// Sampling settings for free text.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Decoding {
     /// Maximum number of tokens, at least one.
     pub max_tokens: usize,

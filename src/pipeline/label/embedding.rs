@@ -1,21 +1,52 @@
 //! Similarity feedback: the similarity of prompt and answer in the embedding space of a sentence encoder.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 
-use super::backend::Usage;
+use super::backend::{Alive, Usage};
 use super::{Labeler, Labels};
 use crate::lm::model::Embedder;
 use crate::lm::source::{self, ModelFiles, ModelRef, ResolveOptions};
 use crate::types::{Group, Verdict};
 
+/// A sentence encoder.
+pub trait Encoder: Send + Sync {
+    /// Returns one embedding of length 1 per text.
+    ///
+    /// # Errors
+    /// If the encoder cannot be asked, or fails.
+    fn embed(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>>;
+
+    /// Returns the number of values of the encoder's weights in this process.
+    fn parameters(&self) -> usize;
+
+    /// Registers a liveness callback; see [`super::backend::Backend::register_liveness`].
+    fn register_liveness(&self, _name: &str, _alive: &Alive) {}
+
+    /// Returns whether failures have been waited out already; see [`super::backend::Backend::waits`].
+    fn waits(&self) -> bool {
+        false
+    }
+}
+
+impl Encoder for Embedder {
+    fn embed(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>> {
+        Self::embed(self, texts)
+    }
+
+    fn parameters(&self) -> usize {
+        Self::parameters(self)
+    }
+}
+
 /// Labeler that scores an answer by the cosine between the embeddings of prompt and answer, in [−1, 1].
 #[derive(Clone)]
 pub struct Embedding {
     /// Sentence encoder with frozen weights.
-    pub embedder: Arc<Embedder>,
+    pub embedder: Arc<dyn Encoder>,
     /// Fingerprint of the encoder's weights.
     pub identity: u64,
 }
@@ -26,12 +57,20 @@ impl Embedding {
     /// # Errors
     /// If no candidate of `reference` exists, or the resolved one is not a directory with a BERT encoder.
     pub fn load(reference: &ModelRef, device: &Device, options: &ResolveOptions) -> Result<Self> {
+        Ok(Self::load_from(reference, device, options)?.0)
+    }
+
+    /// Like [`Self::load`]; also returns the directory of the encoder's files.
+    ///
+    /// # Errors
+    /// The same as for [`Self::load`].
+    pub fn load_from(reference: &ModelRef, device: &Device, options: &ResolveOptions) -> Result<(Self, PathBuf)> {
         let resolved = source::resolve(reference, options)?;
-        let ModelFiles::Directory(dir) = &resolved.files else {
+        let ModelFiles::Directory(dir) = resolved.files else {
             bail!("{} is a GGUF file; an embedder needs a directory with model.safetensors", resolved.origin)
         };
-        let embedder = Embedder::from_directory(dir, device).with_context(|| format!("in {}", resolved.origin))?;
-        Ok(Self { identity: embedder.identity(), embedder: Arc::new(embedder) })
+        let embedder = Embedder::from_directory(&dir, device).with_context(|| format!("in {}", resolved.origin))?;
+        Ok((Self { identity: embedder.identity(), embedder: Arc::new(embedder) }, dir))
     }
 
     /// Returns the score of each answer to `prompt`, in order; `None`, an abstention, if prompt or answer is blank.
@@ -63,6 +102,14 @@ impl Labeler for Embedding {
         self.identity
     }
 
+    fn register_liveness(&self, name: &str, alive: &Alive) {
+        self.embedder.register_liveness(name, alive);
+    }
+
+    fn waits(&self) -> bool {
+        self.embedder.waits()
+    }
+
     fn label(&self, group: &Group) -> Result<Labels> {
         let answers: Vec<&str> = group.completions.iter().map(|completion| completion.text.as_str()).collect();
         let verdict = |score: Option<f64>| match score {
@@ -80,7 +127,7 @@ impl Labeler for Embedding {
 mod tests {
     use super::*;
     use crate::lm::source::Candidate;
-    use std::path::{Path, PathBuf};
+    use std::path::Path;
 
     fn fixture() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bert")
@@ -119,7 +166,6 @@ mod tests {
     #[test]
     fn blank_prompts_and_answers_have_no_score() {
         let embedding = load(fixture()).unwrap();
-        assert_eq!(embedding.identity, embedding.embedder.identity());
         let scores = embedding.score("a cat", &[" \n", "a cat", ""]).unwrap();
         assert!(scores[0].is_none() && (scores[1].unwrap() - 1.0).abs() < 1e-6 && scores[2].is_none(), "{scores:?}");
         assert_eq!(embedding.score(" ", &["a", "b"]).unwrap(), [None, None]);

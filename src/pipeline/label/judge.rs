@@ -1,10 +1,12 @@
-//! Judges of labelers: a model in this process, a sentence encoder, or a model behind a server.
+//! Judges of labelers: a model in this process, a sentence encoder, a model on workers, or a model behind a server.
 
 use std::sync::Arc;
 
 use super::backend::Backend;
 use super::embedding::Embedding;
 use super::local::Local;
+use super::workers::WorkerJudge;
+use crate::lm::tokens::Tokenizer;
 
 /// Judge that a labeling method uses, local or on a server.
 #[derive(Clone)]
@@ -20,6 +22,13 @@ pub enum JudgeBackend {
         /// The model behind the label cache.
         backend: Arc<dyn Backend>,
     },
+    /// A language model whose weights are on workers.
+    OnWorkers {
+        /// The model without the label cache.
+        judge: Arc<WorkerJudge>,
+        /// The model behind the label cache, if there is one.
+        backend: Arc<dyn Backend>,
+    },
     /// A language model behind a server, with or without the label cache.
     Asked(Arc<dyn Backend>),
 }
@@ -30,6 +39,7 @@ impl JudgeBackend {
         match self {
             Self::Model(local) | Self::Cached { local, .. } => local.judge().identity,
             Self::Embedder(embedding) => embedding.identity,
+            Self::OnWorkers { judge, .. } => judge.facts.identity,
             Self::Asked(backend) => backend.identity(),
         }
     }
@@ -38,6 +48,27 @@ impl JudgeBackend {
     pub fn local(&self) -> Option<&Arc<Local>> {
         match self {
             Self::Model(local) | Self::Cached { local, .. } => Some(local),
+            Self::Embedder(_) | Self::OnWorkers { .. } | Self::Asked(_) => None,
+        }
+    }
+
+    /// Returns the tokenizer of a language model whose files are known.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        match self {
+            Self::Model(local) | Self::Cached { local, .. } => Some(&local.judge().tokenizer),
+            Self::OnWorkers { judge, .. } => judge.facts.tokenizer.as_ref(),
+            Self::Embedder(_) | Self::Asked(_) => None,
+        }
+    }
+
+    /// Returns the maximum number of tokens that a language model reads, and whether its questions are in chat format, if its
+    /// files are known.
+    pub fn context_and_chat(&self) -> Option<(usize, bool)> {
+        match self {
+            Self::Model(local) | Self::Cached { local, .. } => {
+                Some((local.judge().model.config().context, local.judge().chat))
+            }
+            Self::OnWorkers { judge, .. } => Some((judge.facts.context, judge.facts.chat)),
             Self::Embedder(_) | Self::Asked(_) => None,
         }
     }

@@ -1,12 +1,42 @@
 //! Feedback by likelihood: the increase of the completion's log-probability due to the prompt.
 
-use anyhow::{Result, ensure};
+use std::sync::Arc;
 
-use super::backend::Usage;
-use super::local::Judge;
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::backend::{Alive, Usage};
 use super::{Labeler, Labels};
-use crate::lm::model::Pack;
 use crate::types::{Group, Verdict};
+
+/// A frozen language model that gives the log-probabilities of given tokens.
+pub trait TokenJudge: Send + Sync {
+    /// Returns the judge's identity; see [`super::backend::Backend::identity`].
+    fn identity(&self) -> u64;
+
+    /// Returns the log-probabilities of `completions` after `prompt`.
+    ///
+    /// # Errors
+    /// If the model cannot be asked, or fails.
+    fn logprobs(&self, prompt: &[u32], completions: &[&[u32]], temperatures: &[f64]) -> Result<TokenScores>;
+
+    /// Registers a liveness callback; see [`super::backend::Backend::register_liveness`].
+    fn register_liveness(&self, _name: &str, _alive: &Alive) {}
+
+    /// Returns whether failures have been waited out already; see [`super::backend::Backend::waits`].
+    fn waits(&self) -> bool {
+        false
+    }
+}
+
+/// Log-probabilities of completions under a judge.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TokenScores {
+    /// For each temperature, for each completion, the log-probability in nats of each of its tokens.
+    pub logprobs: Vec<Vec<Vec<f32>>>,
+    /// Number of tokens that the judge read; a prompt that several completions share counts once.
+    pub read: usize,
+}
 
 /// Labeler by likelihood: s = log P(completion | prompt) − w·log P(completion), in nats. With w = 1 it is the pointwise
 /// mutual information of the two.
@@ -16,7 +46,7 @@ use crate::types::{Group, Verdict};
 /// policy's token ids and must share its vocabulary, so nothing is tokenised again.
 pub struct Likelihood {
     /// Frozen judge model.
-    pub judge: Judge,
+    pub judge: Arc<dyn TokenJudge>,
     /// Divides the score by the number of tokens if set.
     pub length_normalise: bool,
     /// Weight w of the unconditional term, from 0 to 1.
@@ -31,7 +61,15 @@ impl Labeler for Likelihood {
     }
 
     fn model(&self) -> u64 {
-        self.judge.identity
+        self.judge.identity()
+    }
+
+    fn register_liveness(&self, name: &str, alive: &Alive) {
+        self.judge.register_liveness(name, alive);
+    }
+
+    fn waits(&self) -> bool {
+        self.judge.waits()
     }
 
     fn label(&self, group: &Group) -> Result<Labels> {
@@ -40,13 +78,11 @@ impl Labeler for Likelihood {
             "the likelihood judge compares with an empty prompt, which has no tokens here; set data.chat = true, or add text to data.instruction"
         );
         let completions: Vec<&[u32]> = group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
-        let model = &self.judge.model;
-        let given = Pack::new(&group.prompt.ids, &completions);
-        let [with, logprobs] = model.score(&given, &[1.0, self.temperature])?.try_into().expect("one for each");
-        let (with, logprobs) = (given.split(&with), given.split(&logprobs));
+        let given = self.judge.logprobs(&group.prompt.ids, &completions, &[1.0, self.temperature])?;
+        let [with, logprobs] = given.logprobs.try_into().expect("one for each temperature");
         let (without, tokens) = self.unconditional(&group.prompt.blank, &completions)?;
         let scores = with.iter().zip(without).map(|(with, without)| self.score(with, without)).collect();
-        let prompt_tokens = (given.len() + tokens) as u64;
+        let prompt_tokens = (given.read + tokens) as u64;
         let usage = Usage { requests: completions.len() as u64, prompt_tokens, ..Usage::default() };
         Ok(Labels { scores, logprobs: Some(logprobs), usage, ..Labels::default() })
     }
@@ -58,9 +94,9 @@ impl Likelihood {
         if self.unconditional_weight == 0.0 {
             return Ok((vec![0.0; completions.len()], 0));
         }
-        let alone = Pack::new(blank, completions);
-        let logprobs = alone.split(&self.judge.model.score(&alone, &[1.0])?.concat());
-        Ok((logprobs.iter().map(|tokens| self.unconditional_weight * sum(tokens)).collect(), alone.len()))
+        let alone = self.judge.logprobs(blank, completions, &[1.0])?;
+        let sums = alone.logprobs.iter().flatten().map(|tokens| self.unconditional_weight * sum(tokens)).collect();
+        Ok((sums, alone.read))
     }
 
     fn score(&self, with: &[f32], without: f64) -> Verdict {

@@ -7,8 +7,9 @@ use anyhow::{Result, ensure};
 use candle_core::{DType, Tensor};
 
 use super::backend::{Ask, Backend, Decoding, NoAnswer, Reply, Usage};
+use super::likelihood::{TokenJudge, TokenScores};
 use super::shape::{Parts, Shape};
-use crate::lm::model::{Decoder, Prefix, Trie};
+use crate::lm::model::{Decoder, Pack, Prefix, Trie};
 use crate::lm::tokens::Tokenizer;
 use crate::lm::tokens::chat::Message;
 use crate::pipeline::generate::sampler::Sampling;
@@ -33,6 +34,27 @@ pub struct Judge {
     pub identity: u64,
     /// True if prompts are wrapped in the model's chat template.
     pub chat: bool,
+}
+
+impl TokenJudge for Judge {
+    fn identity(&self) -> u64 {
+        self.identity
+    }
+
+    fn logprobs(&self, prompt: &[u32], completions: &[&[u32]], temperatures: &[f64]) -> Result<TokenScores> {
+        let pack = Pack::new(prompt, completions);
+        let scored = self.model.score(&pack, temperatures)?;
+        Ok(TokenScores { logprobs: scored.iter().map(|row| pack.split(row)).collect(), read: pack.len() })
+    }
+}
+
+impl Judge {
+    /// Creates a judge whose weights have the fingerprint `fingerprint`. Reasoning models in chat format have another identity
+    /// than in earlier versions of the program, which did not suppress their reasoning and got other labels.
+    pub fn new(model: Arc<Decoder>, tokenizer: Tokenizer, fingerprint: u64, chat: bool) -> Self {
+        let identity = if chat && tokenizer.thinks() { seed::mix(fingerprint ^ 0x7417) } else { fingerprint };
+        Self { model, tokenizer, identity, chat }
+    }
 }
 
 /// Backend that asks a [`Judge`]. It lays many prompts out in one row and computes shared prefixes once.

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 
 use crate::config::{Config, LabelerKind, Method, Methods};
+use crate::lm::tokens::Tokenizer;
 use crate::pipeline::label::Labeler;
 use crate::pipeline::label::backend::{Backend, Decoding};
 use crate::pipeline::label::direct::Direct;
 use crate::pipeline::label::judge::JudgeBackend;
-use crate::pipeline::label::likelihood::Likelihood;
+use crate::pipeline::label::likelihood::{Likelihood, TokenJudge};
 use crate::pipeline::label::pairwise::{ChainOfThought, Pairwise};
 use crate::pipeline::label::panel::{Member, Panel};
 use crate::pipeline::label::templates::{Preamble, Question, TemplateSet};
@@ -92,14 +93,21 @@ fn method_labeler(config: &Config, method: &Method, judge: &JudgeBackend) -> Res
     let backend = || -> Result<Arc<dyn Backend>> {
         match judge {
             JudgeBackend::Model(local) => Ok(Arc::clone(local) as Arc<dyn Backend>),
-            JudgeBackend::Cached { backend, .. } | JudgeBackend::Asked(backend) => Ok(Arc::clone(backend)),
+            JudgeBackend::Cached { backend, .. }
+            | JudgeBackend::OnWorkers { backend, .. }
+            | JudgeBackend::Asked(backend) => Ok(Arc::clone(backend)),
             JudgeBackend::Embedder(_) => bail!("a sentence embedder cannot be asked questions"),
         }
     };
-    match (method.kind, judge, judge.local()) {
-        (LabelerKind::Likelihood, _, Some(local)) => {
+    let tokens: Option<Arc<dyn TokenJudge>> = match judge {
+        JudgeBackend::Model(local) | JudgeBackend::Cached { local, .. } => Some(Arc::new(local.judge().clone())),
+        JudgeBackend::OnWorkers { judge, .. } => Some(Arc::clone(judge) as _),
+        JudgeBackend::Embedder(_) | JudgeBackend::Asked(_) => None,
+    };
+    match (method.kind, judge, tokens) {
+        (LabelerKind::Likelihood, _, Some(judge)) => {
             return Ok(Box::new(Likelihood {
-                judge: local.judge().clone(),
+                judge,
                 length_normalise: method.length_normalise,
                 unconditional_weight: method.unconditional_weight,
                 temperature: config.rollout.temperature,
@@ -109,7 +117,7 @@ fn method_labeler(config: &Config, method: &Method, judge: &JudgeBackend) -> Res
         _ => {}
     }
     let Some(question) = question(method)? else { bail!("the method cannot use this kind of judge") };
-    let control = judge.local().map_or_else(Vec::new, |local| local.judge().tokenizer.control_tokens());
+    let control = judge.tokenizer().map_or_else(Vec::new, Tokenizer::control_tokens);
     let set = TemplateSet::find_for(&method.templates, &question)?.without_control(control);
     Ok(match question {
         Question::Rating => Box::new(Direct::new(backend()?, set.rating()?)?),
