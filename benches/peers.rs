@@ -341,6 +341,7 @@ impl Subject {
                 tokenizer,
                 backends: vec![],
                 evaluation_backends: Vec::new(),
+                worker_judges: None,
                 budget: None,
                 reward_start: None,
                 pairs: None,

@@ -126,7 +126,7 @@ fn variants() -> Vec<Row> {
         row(few.clone(), ADAPTERS, "as above"),
         row(Setting { part: 16, ..few.clone() }, ADAPTERS, "a message is a group"),
         row(Setting { slowest: None, ..few.clone() }, ADAPTERS, "slow workers take work"),
-        row(Setting { part: 16, slowest: None, ..few }, ADAPTERS, "both: as the program is"),
+        row(Setting { part: 16, slowest: None, ..few }, ADAPTERS, "both"),
         row(many.clone(), ADAPTERS, "as above"),
         row(Setting { deaths: 0.0, cuts: 0.0, ..many.clone() }, ADAPTERS, "no worker dies"),
         row(Setting { slowest: None, ..many.clone() }, ADAPTERS, "slow workers take work"),

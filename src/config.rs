@@ -572,11 +572,19 @@ impl Config {
                 );
             }
         }
-        let tokens = self.rollout.group_size.saturating_mul(self.rollout.max_new_tokens);
+        if !workers && cluster.part.is_some() {
+            document.error("cluster.part", "has no effect: rollout.engine is not \"workers\"; remove it");
+        }
+        if document.sound(&["cluster.slowest"]) && cluster.slowest > 0.0 && cluster.slowest < 1.5 {
+            document
+                .error("cluster.slowest", "must be 0 or 1.5 at least; with less, many workers would rest by chance");
+        }
+        let part = cluster.part.unwrap_or(usize::MAX).min(self.rollout.group_size);
+        let tokens = part.saturating_mul(self.rollout.max_new_tokens);
         if workers && document.sound(&["rollout.group_size", "rollout.max_new_tokens"]) && tokens > MAX_RESULT_TOKENS {
             let message = format!(
-                "{} tokens in each of {} completions may give a result of more than 1 MiB, which NATS does not carry; lower it or rollout.group_size, so that a group has at most {MAX_RESULT_TOKENS} tokens",
-                self.rollout.max_new_tokens, self.rollout.group_size
+                "{} tokens in each of {part} completions may give a result of more than 1 MiB, which NATS does not carry; lower it, or set cluster.part so that a piece of work has at most {MAX_RESULT_TOKENS} tokens",
+                self.rollout.max_new_tokens
             );
             document.error("rollout.max_new_tokens", &message);
         }

@@ -5,11 +5,13 @@
 PROGRAM is the program, WORK a folder for runs and logs. TRIAL is the name of a trial; without a name the script performs all.
 
     plain   two workers sample for configs/offline.toml, and leave when the run ends
-    kills   N random SIGKILLs over two workers, the broker and the coordinator, with eta = 4, checkpoints 20 steps apart, and a
+    kills   N random SIGKILLs over two workers, the broker and the coordinator, with eta = 4, groups in parts, checkpoints 20 steps apart, and a
             judge on a server that counts what it is asked
     pause   a worker is stopped (SIGSTOP) for longer than its lease, and continued
     label   two workers hold the weights of a panel of judges, and one is killed; with eta = 0 the weights are, bit for bit, those of
             a run that labels by itself
+    account a broker with certificates and an account for the run (deploy/certificates.sh, deploy/account.sh): the run's node and
+            worker get through; a worker may not act as the node, and a worker of another account sees no run
     links   three network namespaces (broker, coordinator, workers): a link that is cut for 25 s, then a link of 10 Mb/s; needs root
 
 Each trial checks from the journal that every group of every step was trained on exactly once, in order, that no token is staler
@@ -105,13 +107,15 @@ class Judge:
 class Cluster:
     """Broker, coordinator and workers of one run."""
 
-    def __init__(self, name, sets, spaces=None, away=("rollout.engine=workers",)):
-        """`away` are the settings of what workers do."""
+    def __init__(self, name, sets, spaces=None, away=("rollout.engine=workers",), broker=(), worker=()):
+        """`away` are the settings of what workers do, `broker` and `worker` further arguments of these processes."""
+        self.worker = worker
         self.away = away
         self.dir = WORK / name
         shutil.rmtree(self.dir, ignore_errors=True)
         self.dir.mkdir(parents=True)
         self.sets, self.processes, self.spaces = sets, {}, spaces or {}
+        self.broker = broker
         self.address = f"nats://{self.spaces.get('address', '127.0.0.1')}:{NATS}"
         self.start("broker")
         time.sleep(1)
@@ -121,9 +125,11 @@ class Cluster:
 
     def start(self, name):
         command = {
-            "broker": ["nats-server", "-a", self.spaces.get("address", "127.0.0.1"), "-p", str(NATS), "-js", "-sd", str(self.dir / "nats")],
+            "broker": ["nats-server", "-a", self.spaces.get("address", "127.0.0.1"), "-p", str(NATS), "-js", "-sd", str(self.dir / "nats"), *self.broker],
             "coordinator": [str(PROGRAM), "train", str(ROOT / "configs/offline.toml"), "--run-dir", str(self.run())],
         }.get(name, [str(PROGRAM), "worker", "--join", self.address, "--run", "offline", "--name", name, "--threads", "1"])
+        if name.startswith(("worker", "label")):
+            command += self.worker
         if name.startswith("label"):
             command += ["--role", "label"]
         if name == "coordinator":
@@ -240,7 +246,7 @@ def kills():
     chance = random.Random(ARGS.seed)
     steps = ARGS.steps or 60 + 20 * ARGS.kills
     judge = Judge()
-    cluster = Cluster("kills", direct(steps, 4))
+    cluster = Cluster("kills", [*direct(steps, 4), "cluster.part=3"])
     try:
         for name in ["worker-1", "worker-2", "coordinator"]:
             cluster.start(name)
@@ -332,7 +338,7 @@ def pause():
 
 def label():
     panel = '[{type="likelihood"}, {type="pairwise"}, {type="direct", weight=0.5}]'
-    sets = ["learner.eta=0", "run.steps=12", "rollout.update=drain", "labeler.type=panel", f"labeler.members={panel}", "labeler.workers=2"]
+    sets = ["learner.eta=0", "run.steps=12", "rollout.update=between-groups", "labeler.type=panel", f"labeler.members={panel}", "labeler.workers=2"]
     weights = []
     for name, away in [("label-alone", ()), ("label", ("labeler.engine=workers",))]:
         cluster = Cluster(name, sets, away=away)
@@ -357,6 +363,44 @@ def label():
     answered = int(re.search(r"answered (\d+) questions", log)[1])
     assert answered > 0, log
     return f"12 steps, {answered} questions answered by the worker that was not killed, the same weights"
+
+
+def account():
+    folder = fresh("certificates")
+    for name, *hosts in [["broker", "127.0.0.1"], ["node"], ["worker"], ["stranger"]]:
+        subprocess.run([str(ROOT / "deploy/certificates.sh"), str(folder), name, *hosts], check=True, capture_output=True)
+    accounts = [
+        subprocess.run([str(ROOT / "deploy/account.sh"), *names], check=True, capture_output=True, text=True).stdout
+        for names in [["offline", "node", "worker"], ["other", "stranger-node", "stranger"]]
+    ]
+    tls = "".join(f'{key}: "{folder}/{name}", ' for key, name in [("cert_file", "broker.crt"), ("key_file", "broker.key"), ("ca_file", "ca.crt")])
+    config = folder / "nats.conf"
+    config.write_text(f"tls {{ {tls}verify_and_map: true }}\naccounts {{\n{''.join(accounts)}}}\n")
+    shows = lambda name: ["--tls-ca", f"{folder}/ca.crt", "--tls-certificate", f"{folder}/{name}.crt", "--tls-key", f"{folder}/{name}.key"]
+    sets = lambda name: [f"cluster.tls_ca={folder}/ca.crt", f"cluster.tls_certificate={folder}/{name}.crt", f"cluster.tls_key={folder}/{name}.key"]
+    both = ("rollout.engine=workers", "labeler.engine=workers")
+    cluster = Cluster("account", [*sets("node"), "run.steps=10"], away=both, broker=["-c", str(config)], worker=shows("worker"))
+    cluster.address = cluster.address.replace("nats://", "tls://")
+    try:
+        for name in ["worker-1", "label-1", "coordinator"]:
+            cluster.start(name)
+        cluster.wait(lambda: cluster.steps() > 2)
+        stranger = [str(PROGRAM), "worker", "--join", cluster.address, "--run", "offline", "--patience", "3", *shows("stranger")]
+        found = subprocess.run(stranger, capture_output=True, text=True, timeout=60)
+        assert found.returncode != 0 and "no run offline was announced" in found.stderr, found.stderr
+        cluster.wait(cluster.ended)
+        cluster.leave()
+        groups, _ = check(cluster, 10, 1)
+        false_node = [str(PROGRAM), "train", str(ROOT / "configs/offline.toml"), "--run-dir", str(cluster.dir / "false"), "--set", "serve.enabled=false"]
+        for one in [*both, f"cluster.nats={cluster.address}", *sets("worker")]:
+            false_node += ["--set", one]
+        found = subprocess.run(false_node, capture_output=True, text=True, timeout=180)
+        assert found.returncode != 0 and "ermissions" in found.stderr, f"status {found.returncode}: {found.stderr[-1500:]}"
+        log = (cluster.dir / "worker-1.log").read_text() + (cluster.dir / "label-1.log").read_text()
+        assert "refuses" not in log, log
+        return f"{len(groups)} groups"
+    finally:
+        cluster.close()
 
 
 def ip(*words):
@@ -409,7 +453,7 @@ def links():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-TRIALS = {"plain": plain, "kills": kills, "pause": pause, "label": label, "links": links}
+TRIALS = {"plain": plain, "kills": kills, "pause": pause, "label": label, "account": account, "links": links}
 
 
 def main():

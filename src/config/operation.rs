@@ -165,9 +165,17 @@ section! {
             unset("`run.name`").example("\"summaries\"").check(|name| name.as_deref().map_or(Ok(()), check_board)),
         /// Folder for the weights, which all workers must be able to read: a file system that the machines share.
         [Changeable] store: Option<PathBuf> = unset("`cluster` in the run's directory").example("\"/mnt/weights\""),
+        /// Maximum number of completions of a group that are one piece of work. By default a worker samples a whole group,
+        /// and computes its prompt once. Many workers with long completions are used better with smaller pieces: a group
+        /// is complete when its last completion is, and a worker that dies leaves less behind.
+        [Changeable] part: Option<usize> = unset("`rollout.group_size`").example("1").check(check_part),
         /// Seconds without a sign of life of a worker after which its work goes to another one. A worker that samples
         /// gives signs of life, so that long completions need no long lease.
         [Changeable] lease_s: f64 = is(30.0).from(2).below(1e5),
+        /// A worker whose time per token is more than this multiple of the median of the workers takes no new work for ten
+        /// minutes: long completions on a slow machine would hold up the learner. It applies from eight workers on; 0
+        /// lets all workers work.
+        [Changeable] slowest: f64 = is(3.0).from(0).note("; 0 lets all workers work"),
         /// Certificate (PEM) of the authority that signed the NATS server's certificate. Setting it requires TLS.
         [Changeable] tls_ca: Option<PathBuf> = unset("none").example("\"certs/ca.pem\""),
         /// Certificate (PEM) that this node shows to the NATS server. Requires `tls_key`.
@@ -175,6 +183,10 @@ section! {
         /// Key (PEM) of `tls_certificate`.
         [Changeable] tls_key: Option<PathBuf> = unset("none").example("\"certs/node.key\""),
     }
+}
+
+fn check_part(part: &Option<usize>) -> Result<(), String> {
+    if *part == Some(0) { Err("must be 1 at least".to_owned()) } else { Ok(()) }
 }
 
 /// Checks the form of NATS addresses.

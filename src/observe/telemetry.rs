@@ -294,6 +294,13 @@ pub fn worker_result(outcome: &'static str) {
     counter!("preceptor_worker_results_total", "outcome" => outcome).increment(1);
 }
 
+/// Counts the completions of a result that was taken, and their tokens. `redone` if the work had been begun before.
+pub fn worker_completions(redone: bool, completions: u64, tokens: u64) {
+    let redone = if redone { "true" } else { "false" };
+    counter!("preceptor_worker_completions_total", "redone" => redone).increment(completions);
+    counter!("preceptor_worker_completion_tokens_total", "redone" => redone).increment(tokens);
+}
+
 /// Counts a group that is offered again because the broker lost it.
 pub fn offered_again() {
     counter!("preceptor_work_offered_again_total").increment(1);

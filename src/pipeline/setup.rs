@@ -468,12 +468,8 @@ fn local_backend(
     if let Some(workers) = place.workers {
         let kwargs = if method.model.is_none() { config.data.chat_template_kwargs.clone() } else { Table::new() };
         let judge = workers.language(judge, TemplateSettings { kwargs, date: config.data.seconds() });
-        let backend = Arc::clone(&judge) as Arc<dyn Backend>;
-        let backend = match store.filter(|_| asks(method)) {
-            Some(store) => Arc::new(Cached::new(backend, Arc::clone(store))) as _,
-            None => backend,
-        };
-        return Ok(JudgeBackend::OnWorkers { judge, backend });
+        let cache = store.filter(|_| asks(method)).map(Arc::clone);
+        return Ok(JudgeBackend::OnWorkers { judge, cache });
     }
     let local = Arc::new(Local::new(judge));
     Ok(match store.filter(|_| asks(method)) {

@@ -152,6 +152,8 @@ impl Workers {
                     targets: lora.targets.clone(),
                 }),
                 group_size: config.rollout.group_size,
+                slowest: config.cluster.slowest,
+                part: config.cluster.part.unwrap_or(config.rollout.group_size),
                 lease: Duration::from_secs_f64(config.cluster.lease_s),
                 store: store.seen_as().display().to_string(),
                 base,

@@ -220,18 +220,28 @@ fn sampling() -> Sampling {
 
 impl Cluster {
     fn start(transport: Arc<dyn Transport>, notices: Arc<dyn Notices>, lora: Option<&Lora>) -> Self {
+        Self::start_in_parts(transport, notices, lora, GROUP)
+    }
+
+    /// Starts a run whose pieces of work have up to `part` completions.
+    fn start_in_parts(
+        transport: Arc<dyn Transport>,
+        notices: Arc<dyn Notices>,
+        lora: Option<&Lora>,
+        part: usize,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (_, model) = byte_policy(dir.path(), 5);
-        Self::restored(dir, model, transport, notices, lora, 1)
+        Self::restored(dir, model, (transport, notices), lora, 1, part)
     }
 
     fn restored(
         dir: tempfile::TempDir,
         model: Decoder,
-        transport: Arc<dyn Transport>,
-        notices: Arc<dyn Notices>,
+        (transport, notices): (Arc<dyn Transport>, Arc<dyn Notices>),
         lora: Option<&Lora>,
         lineage: u64,
+        part: usize,
     ) -> Self {
         let tokenizer = Tokenizer::bytes();
         let store = FolderStore::new(&dir.path().join("weights"), None, None, DType::F32).unwrap();
@@ -258,6 +268,8 @@ impl Cluster {
             bounds: Bounds { rows: model.config().vocab_size, max_new_tokens: own.max_new_tokens },
             lora: lora.map(|lora| LoraNotice { rank: lora.rank, alpha: lora.alpha, targets: lora.targets.clone() }),
             group_size: GROUP,
+            part,
+            slowest: 3.0,
             lease: LEASE,
             store: store.seen_as().display().to_string(),
             base,
@@ -430,6 +442,29 @@ fn the_work_of_a_worker_that_dies_is_done_by_another() {
     assert!(worker.end().unwrap().groups >= 2);
 }
 
+/// Completions of one group come from several workers, in any order, and one worker dies.
+#[test]
+fn a_group_is_sampled_in_parts_by_several_workers() {
+    let (transport, notices) = (Arc::new(MemoryTransport::default()), Arc::new(MemoryNotices::default()));
+    let mut cluster = Cluster::start_in_parts(transport, notices, None, 2);
+    cluster.submit(0..4);
+    assert_eq!(cluster.transport.depth(&QueueNames::of("test", 1).work).unwrap().waiting, 8);
+    drop([pull(&cluster), pull(&cluster), pull(&cluster)]);
+    let workers = ["a", "b"].map(|name| cluster.worker(name));
+    let found = cluster.take(4);
+    // The last bits depend on what is computed in one pass.
+    for (seq, expected) in expected(&cluster.model, 0, 0..4) {
+        for (one, expected) in found[&seq].iter().zip(&expected) {
+            assert_eq!((&one.ids, one.finish), (&expected.ids, expected.finish), "group {seq}");
+            let far = one.logprobs.iter().zip(&expected.logprobs).any(|(a, b)| (a - b).abs() > 1e-4);
+            assert!(!far && found[&seq].len() == GROUP, "group {seq}");
+        }
+    }
+    cluster.drained();
+    let done: u64 = workers.map(|worker| worker.end().unwrap().groups).iter().sum();
+    assert!(done >= 8, "{done}");
+}
+
 /// A restarted graph submits a group again whose result came when no engine waited for it.
 #[test]
 fn a_group_whose_result_was_dropped_is_sampled_again_at_once() {
@@ -532,7 +567,7 @@ fn workers_follow_a_restored_run_and_leave_when_it_ends() {
     // The coordinator dies without a word; its successor restores the run.
     let dir = tempfile::tempdir().unwrap();
     let (_, model) = byte_policy(dir.path(), 6);
-    let mut restored = Cluster::restored(dir, model, transport, notices, None, 2);
+    let mut restored = Cluster::restored(dir, model, (transport, notices), None, 2, GROUP);
     assert_eq!(
         cluster.transport.pull(&QueueNames::of("test", 1).work, 1, Duration::ZERO).err(),
         Some(TransportError::Unknown("test.0000000000000001.rollout".into())),

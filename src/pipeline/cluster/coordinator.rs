@@ -20,7 +20,7 @@ use super::log::GroupLog;
 use super::notices::Notices;
 use super::protocol::{
     Bounds, Done, JudgeNotice, LoraNotice, MAX_MESSAGE, OLDEST_PROTOCOL, PROTOCOL, RUN, RunNotice, RunState,
-    SamplingNotice, WEIGHTS, WeightsNotice, Work, decode, encode,
+    SamplingNotice, WEIGHTS, WeightsNotice, Work, decode, encode, is_redone,
 };
 use super::roster::{REFUSALS, Roster};
 use crate::lm::model::config::Head;
@@ -36,6 +36,9 @@ use crate::util::mutex::lock;
 const LOOK: Duration = Duration::from_millis(10);
 /// Longest wait for a result before the coordinator looks for its end.
 const PULL: Duration = Duration::from_millis(500);
+/// Lease of a result. It may be long, because only the coordinator takes results and a dead one's queues are removed; and it
+/// has to be long, because the first result of a group waits for the last.
+const RESULT_LEASE: Duration = Duration::from_secs(3600);
 /// Number of results that are taken at once.
 const MOST: usize = 16;
 
@@ -58,8 +61,12 @@ pub struct CoordinatorPlan {
     pub lora: Option<LoraNotice>,
     /// Number of completions of a prompt.
     pub group_size: usize,
+    /// Maximum number of completions in a piece of work, at least one.
+    pub part: usize,
     /// Longest time without a sign of life of a worker.
     pub lease: Duration,
+    /// A worker whose time per token is more than this multiple of the median takes no work; 0 lets all work.
+    pub slowest: f64,
     /// Path of the store of weights.
     pub store: String,
     /// Folder below the store with the model's configuration and tokenizer, and the SHA-256 of its list of checksums.
@@ -68,6 +75,13 @@ pub struct CoordinatorPlan {
     pub samples: bool,
     /// Judges whose weights are on workers.
     pub judges: Vec<JudgeNotice>,
+}
+
+impl CoordinatorPlan {
+    /// Returns the number of pieces of work of a group.
+    pub fn parts(&self) -> usize {
+        self.group_size.div_ceil(self.part)
+    }
 }
 
 /// Names of a lineage's queues.
@@ -121,9 +135,19 @@ pub fn put_base(
     Ok((name, sha256))
 }
 
+/// Returns the limits of the queues of work and of results.
+fn limits(plan: &CoordinatorPlan) -> [QueueLimits; 2] {
+    [plan.lease, RESULT_LEASE].map(|lease| QueueLimits { lease, messages: 100_000, bytes: MAX_MESSAGE })
+}
+
 /// Returns the key of the notice that shuts a worker out.
 pub(super) fn shut_out(worker: &str) -> String {
     format!("out-{worker}")
+}
+
+/// Returns the key of the notice that tells a worker to take no work, with the reason; empty if it may take work.
+pub(super) fn rest(worker: &str) -> String {
+    format!("rest-{worker}")
 }
 
 /// Numbers of results since the coordinator started.
@@ -206,9 +230,9 @@ impl Coordinator {
             }
         }
         let names = QueueNames::of(&plan.run, plan.lineage);
-        let limits = QueueLimits { lease: plan.lease, messages: 100_000, bytes: MAX_MESSAGE };
-        transport.create(&names.work, limits)?;
-        transport.create(&names.results, limits)?;
+        let [work, results] = limits(&plan);
+        transport.create(&names.work, work)?;
+        transport.create(&names.results, results)?;
         Ok(Arc::new(Self {
             plan,
             transport,
@@ -288,7 +312,7 @@ impl Coordinator {
             store: plan.store.clone(),
             sampling: plan.sampling.clone(),
             lora: plan.lora.clone(),
-            group_size: plan.group_size,
+            group_size: plan.group_size.min(plan.part),
             lease_ms: u64::try_from(plan.lease.as_millis()).unwrap_or(u64::MAX),
             samples: plan.samples,
             judges: plan.judges.clone(),
@@ -417,6 +441,11 @@ impl Coordinator {
             if let Ok(told) = self.notices.heard(&self.plan.run) {
                 self.roster.hear(told);
             }
+            for (worker, why) in self.roster.rests(self.plan.slowest) {
+                if let Err(error) = self.notices.set(&self.plan.run, &rest(&worker), why.as_bytes()) {
+                    self.failed(&error.to_string());
+                }
+            }
             match self.transport.pull(&self.names.results, MOST, PULL) {
                 Ok(leases) => {
                     self.recovered();
@@ -446,8 +475,7 @@ impl Coordinator {
             self.stopped.store(true, Ordering::SeqCst);
             return self.failed("another coordinator has taken the run over; this one takes no further results");
         }
-        let limits = QueueLimits { lease: self.plan.lease, messages: 100_000, bytes: MAX_MESSAGE };
-        for queue in [&self.names.work, &self.names.results] {
+        for (queue, limits) in [&self.names.work, &self.names.results].into_iter().zip(limits(&self.plan)) {
             if let Err(error) = self.transport.create(queue, limits) {
                 self.failed(&error.to_string());
                 return;
@@ -508,7 +536,7 @@ impl Coordinator {
             return self.refuse(lease, &worker, "it was shut out");
         }
         if done.lineage != self.plan.lineage {
-            return self.refuse(lease, &worker, &format!("group {seq}: it is of another lineage"));
+            return self.refuse(lease, &worker, &format!("work {seq}: it is of another lineage"));
         }
         let open = lock(&self.open).get(&seq).map(|open| (open.taken, open.work.clone()));
         match open {
@@ -522,7 +550,7 @@ impl Coordinator {
             Some((false, work)) => {
                 let checked = done.check(&work, &self.plan.bounds).and_then(|()| self.check_versions(&done));
                 if let Err(error) = checked {
-                    return self.refuse(lease, &worker, &format!("group {seq}: {error:#}"));
+                    return self.refuse(lease, &worker, &format!("work {seq}: {error:#}"));
                 }
             }
         }
@@ -531,6 +559,8 @@ impl Coordinator {
         }
         self.counts.taken.fetch_add(1, Ordering::Relaxed);
         telemetry::worker_result("taken");
+        let tokens = done.completions.iter().map(|answer| answer.ids.len() as u64).sum();
+        telemetry::worker_completions(is_redone(lease.id()), done.completions.len() as u64, tokens);
         self.roster.taken(&worker);
         let mut arrived = Arrived { seq, sampled: done.into_sampled(), lease };
         while let Err(refused) = self.arrivals.0.send_timeout(arrived, PULL) {

@@ -10,16 +10,17 @@ use preceptor_actors::{StageContext, StageError, StageResult};
 
 use super::coordinator::{Arrived, Coordinator};
 use super::protocol::Work;
+use crate::pipeline::generate::Sampled;
 use crate::pipeline::generate::stage::{RolloutEngine, SampledGroup};
 use crate::types::Prompt;
 
 /// Time to wait for a result before prompts are accepted again, and the same while none can be accepted.
 const WAIT: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(50)];
 
-/// Bit that distinguishes the numbers of groups of the warm-up.
+/// Bit that distinguishes the numbers of work of the warm-up.
 const WARM_UP: u64 = 1 << 63;
 
-/// Engine that gives each group to a worker.
+/// Engine that gives groups to workers, each as one or several pieces of work.
 pub struct ClusterEngine {
     coordinator: Arc<Coordinator>,
     /// True for the warm-up of the reward model.
@@ -27,33 +28,60 @@ pub struct ClusterEngine {
     slots: usize,
     limit: usize,
     used: usize,
-    /// Number of completions of each group under way.
-    under_way: HashMap<u64, usize>,
-    /// Leases of results that are not recorded yet.
-    leases: HashMap<u64, Box<dyn Lease>>,
+    /// Groups under way.
+    under_way: HashMap<u64, Parts>,
+    /// Leases of the results of groups that are not recorded yet, with the numbers of their work.
+    leases: HashMap<u64, Vec<(u64, Box<dyn Lease>)>>,
     ctx: Option<StageContext>,
+}
+
+/// A group whose completions come as results of several pieces of work.
+#[derive(Default)]
+struct Parts {
+    /// Results by the place of their completions in the group; `None` until they come.
+    found: Vec<Option<Vec<Sampled>>>,
+    /// Number of completions that have not come.
+    missing: usize,
 }
 
 impl ClusterEngine {
     /// Creates an engine with up to `slots` completions under way, which must be a group at least. Groups of the warm-up
-    /// (`warm_up`) are sampled by any version, and their numbers are those of training with the highest bit set.
+    /// (`warm_up`) are sampled by any version, and the numbers of their work are those of training with the highest bit set.
     pub fn new(coordinator: Arc<Coordinator>, slots: usize, warm_up: bool) -> Self {
         let (under_way, leases) = (HashMap::new(), HashMap::new());
         Self { coordinator, warm_up, slots, limit: slots, used: 0, under_way, leases, ctx: None }
     }
 
-    /// Returns the number of group `seq` among the workers.
-    fn number(&self, seq: u64) -> u64 {
-        if self.warm_up { seq | WARM_UP } else { seq }
+    /// Returns the number of the work on part `part` of group `seq`.
+    fn number(&self, seq: u64, part: usize) -> u64 {
+        let number = seq * self.coordinator.plan.parts() as u64 + part as u64;
+        if self.warm_up { number | WARM_UP } else { number }
     }
 
+    /// Returns the group and the part of a piece of work; `None` if it is of the warm-up and this engine is not, or the
+    /// reverse.
+    fn place(&self, number: u64) -> Option<(u64, usize)> {
+        let number = if self.warm_up { number.checked_sub(WARM_UP)? } else { number };
+        let parts = self.coordinator.plan.parts() as u64;
+        Some((number / parts, (number % parts) as usize))
+    }
+
+    /// Takes a result; returns its group if that is complete now.
     fn take(&mut self, arrived: Arrived) -> Option<SampledGroup> {
-        let Arrived { seq, sampled, lease } = arrived;
+        let Arrived { seq: number, sampled, lease } = arrived;
         // A late result of the warm-up is not one of training.
-        let seq = if self.warm_up { seq.checked_sub(WARM_UP)? } else { seq };
-        self.used -= self.under_way.remove(&seq)?;
-        self.leases.insert(seq, lease);
-        Some((seq, sampled))
+        let (seq, part) = self.place(number)?;
+        let parts = self.under_way.get_mut(&seq)?;
+        let place = parts.found.get_mut(part).filter(|place| place.is_none())?;
+        self.used -= sampled.len();
+        parts.missing -= sampled.len();
+        *place = Some(sampled);
+        self.leases.entry(seq).or_default().push((number, lease));
+        if parts.missing > 0 {
+            return None;
+        }
+        let group = self.under_way.remove(&seq)?.found.into_iter().flatten().flatten().collect();
+        Some((seq, group))
     }
 }
 
@@ -69,10 +97,14 @@ impl RolloutEngine for ClusterEngine {
     fn submit(&mut self, prompt: &Prompt, seeds: Vec<u64>) -> Result<()> {
         let (seq, count) = (prompt.seq, seeds.len());
         let min_version = if self.warm_up { 0 } else { self.coordinator.min_version(seq) };
-        let (lineage, ids) = (self.coordinator.plan.lineage, prompt.ids.to_vec());
-        self.coordinator.submit(Work { lineage, seq: self.number(seq), min_version, ids, seeds });
+        let (lineage, mut found) = (self.coordinator.plan.lineage, Vec::new());
+        for (part, seeds) in seeds.chunks(self.coordinator.plan.part).enumerate() {
+            let (ids, seeds) = (prompt.ids.to_vec(), seeds.to_vec());
+            self.coordinator.submit(Work { lineage, seq: self.number(seq, part), min_version, ids, seeds });
+            found.push(None);
+        }
         self.used += count;
-        self.under_way.insert(seq, count);
+        self.under_way.insert(seq, Parts { found, missing: count });
         Ok(())
     }
 
@@ -94,8 +126,8 @@ impl RolloutEngine for ClusterEngine {
     }
 
     fn recorded(&mut self, seq: u64) {
-        if let Some(lease) = self.leases.remove(&seq) {
-            self.coordinator.recorded(self.number(seq), lease);
+        for (number, lease) in self.leases.remove(&seq).into_iter().flatten() {
+            self.coordinator.recorded(number, lease);
         }
     }
 
@@ -122,7 +154,10 @@ impl RolloutEngine for ClusterEngine {
 
 impl Drop for ClusterEngine {
     fn drop(&mut self) {
-        let seqs = self.under_way.keys().chain(self.leases.keys());
-        self.coordinator.forget(seqs.map(|seq| self.number(*seq)));
+        let open = self.under_way.iter().flat_map(|(seq, parts)| (0..parts.found.len()).map(|part| (*seq, part)));
+        let open: Vec<u64> = open.map(|(seq, part)| self.number(seq, part)).collect();
+        let taken = std::mem::take(&mut self.leases).into_values().flatten();
+        // Without their leases, results come again once these have expired.
+        self.coordinator.forget(open.into_iter().chain(taken.map(|(number, _)| number)));
     }
 }

@@ -4,7 +4,7 @@
 //! a stream that keeps the last message of each subject. A stream refuses new messages when it is full, so that nothing is
 //! dropped in silence.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy};
 use async_nats::jetstream::{AckKind, Context, Message};
-use async_nats::{ConnectError, ConnectErrorKind, ConnectOptions, HeaderMap, Subscriber};
+use async_nats::{ConnectError, ConnectErrorKind, ConnectOptions, Event, HeaderMap, Subscriber};
 use futures_util::{FutureExt, StreamExt};
 use preceptor_actors::transport::{Depth, Lease, Offered, QueueLimits, Transport, TransportError};
 use tokio::runtime::Runtime;
@@ -31,6 +31,8 @@ const PULL: Duration = Duration::from_secs(3);
 const REMEMBERED: Duration = Duration::from_secs(120);
 /// Name of the consumer that all workers of a queue share.
 const CONSUMER: &str = "workers";
+/// Number of different refusals of the server that are told.
+const MOST_REFUSALS: usize = 20;
 /// Error code of JetStream: there is no such stream.
 const NO_STREAM: u64 = 10059;
 
@@ -98,6 +100,19 @@ impl Nats {
             .context("cannot start the thread of the connection to NATS")?;
         let mut options =
             ConnectOptions::new().name(&plan.name).connection_timeout(ANSWER).request_timeout(Some(ANSWER));
+        // Without this, a request that the account does not allow only runs into its time limit.
+        let told = Arc::new(Mutex::new(HashSet::new()));
+        options = options.event_callback(move |event| {
+            if let Event::ServerError(error) = &event {
+                let (words, mut told) = (error.to_string(), lock(&told));
+                if told.len() < MOST_REFUSALS && told.insert(words.clone()) {
+                    status!(
+                        "nats      the server refuses: {words}; see deploy/account.sh for what an account must allow"
+                    );
+                }
+            }
+            std::future::ready(())
+        });
         if let Some(ca) = &plan.ca {
             options = options.add_root_certificates(ca.clone()).require_tls(true);
         }

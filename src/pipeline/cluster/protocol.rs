@@ -49,7 +49,7 @@ pub struct RunNotice {
     pub sampling: SamplingNotice,
     /// Adapters that are trained, if not all weights are.
     pub lora: Option<LoraNotice>,
-    /// Number of completions of a prompt.
+    /// Maximum number of completions in a piece of work.
     pub group_size: usize,
     /// Longest time in milliseconds without a sign of life of a worker.
     pub lease_ms: u64,
@@ -183,12 +183,12 @@ pub struct WeightsNotice {
     pub adapters: bool,
 }
 
-/// A prompt to sample completions of.
+/// A piece of work: a prompt, and seeds of some or all completions of its group.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Work {
     /// Lineage of the work.
     pub lineage: u64,
-    /// Number of the prompt's group.
+    /// Number of the piece of work.
     pub seq: u64,
     /// Oldest version that the first token may be sampled with.
     pub min_version: u64,
@@ -203,7 +203,7 @@ pub struct Work {
 pub struct Done {
     /// Lineage of the work.
     pub lineage: u64,
-    /// Number of the prompt's group.
+    /// Number of the piece of work.
     pub seq: u64,
     /// Name of the worker.
     pub worker: String,
@@ -249,9 +249,23 @@ pub struct Pulse {
     pub bytes: u64,
     /// Reason why the worker does not work, if it does not.
     pub waits: String,
+    /// Tokens per second of one completion while the worker samples; `None` if it is not known.
+    #[serde(default)]
+    pub pace: Option<f64>,
     /// True for the last sign of life of a worker that leaves.
     #[serde(default)]
     pub leaves: bool,
+}
+
+/// Returns the identifier of a result: that of its work, the worker's name, and how often the work was delivered.
+pub fn result_id(work: &str, worker: &str, deliveries: u64) -> String {
+    format!("{work}-{worker}-d{deliveries}")
+}
+
+/// Returns whether the work of a result with this identifier was delivered before to a worker that did not complete it.
+pub fn is_redone(result: &str) -> bool {
+    let deliveries = result.rsplit_once("-d").and_then(|(_, count)| count.parse::<u64>().ok());
+    deliveries.is_some_and(|count| count > 1)
 }
 
 /// Encodes work or a result.
@@ -318,8 +332,7 @@ impl Done {
             let oldest = answer.versions.first().copied().unwrap_or_default();
             ensure!(
                 oldest >= work.min_version,
-                "completion {i} begins with version {oldest}, and group {} needs {} at least",
-                work.seq,
+                "completion {i} begins with version {oldest}, and its work needs {} at least",
                 work.min_version
             );
             if let Some(version) = answer.versions.iter().find(|v| !self.fingerprints.iter().any(|(of, _)| of == *v)) {
@@ -390,6 +403,14 @@ mod tests {
     }
 
     #[test]
+    fn the_identifier_of_a_result_tells_whether_its_work_was_begun_before() {
+        for (deliveries, redone) in [(1, false), (2, true), (12, true)] {
+            assert_eq!(is_redone(&result_id("00ab-7-0-0", "gpu-d2", deliveries)), redone);
+        }
+        assert!(!is_redone("00ab-7-0-0-worker"), "of an earlier program");
+    }
+
+    #[test]
     fn impossible_results_are_refused() {
         let bounds = Bounds { rows: 6, max_new_tokens: 2 };
         done().check(&work(), &bounds).unwrap();
@@ -408,7 +429,7 @@ mod tests {
             (|done| done.completions[0].logprobs[0] = f32::NAN, "NaN"),
             (|done| done.completions[0].logprobs[0] = 0.5, "0.5"),
             (|done| done.completions[0].versions = vec![3, 2], "decrease"),
-            (|done| done.completions[0].versions = vec![1, 2], "needs 2"),
+            (|done| done.completions[0].versions = vec![1, 2], "its work needs 2"),
             (|done| done.fingerprints.truncate(1), "version 3 without a fingerprint"),
         ];
         for (change, words) in broken {

@@ -17,6 +17,12 @@ const FORGOTTEN: Duration = Duration::from_secs(600);
 /// Number of refused results after which a worker is shut out.
 pub(super) const REFUSALS: u64 = 3;
 
+/// Time after which a worker that rests takes work again, because it may have become faster.
+const REST: Duration = Duration::from_secs(600);
+/// Number of workers with a known pace from which on slow ones rest. Among few, the work of a slow one counts more than the
+/// time for which others wait for it.
+const PACED: usize = 8;
+
 /// Role of a worker that answers for judges.
 pub(super) const LABEL: &str = "label";
 
@@ -38,6 +44,8 @@ struct Worker {
     /// True from a sign of life until the worker leaves or is gone.
     here: bool,
     tokens_per_s: f64,
+    /// Time since when the worker rests because it is slow.
+    rests: Option<Instant>,
 }
 
 impl Worker {
@@ -112,6 +120,37 @@ impl Roster {
         });
     }
 
+    /// Returns the workers that are to rest from now on, each with the reason, and those that are to take work again, with an
+    /// empty text: a worker rests for [`REST`] if a token takes more than `slowest` times as long as the median.
+    pub(super) fn rests(&self, slowest: f64) -> Vec<(String, String)> {
+        let mut workers = lock(&self.0);
+        let mut changes = Vec::new();
+        for (name, worker) in workers.iter_mut() {
+            if worker.rests.is_some_and(|since| since.elapsed() >= REST) {
+                (worker.rests, worker.pulse.pace) = (None, None);
+                changes.push((name.clone(), String::new()));
+            }
+        }
+        let pace = |worker: &Worker| worker.pulse.pace.filter(|pace| worker.here && *pace > 0.0);
+        let mut paces: Vec<f64> = workers.values().filter_map(pace).collect();
+        if slowest <= 0.0 || paces.len() < PACED {
+            return changes;
+        }
+        paces.sort_by(f64::total_cmp);
+        let median = paces[paces.len() / 2];
+        for (name, worker) in workers.iter_mut().filter(|(_, worker)| worker.rests.is_none()) {
+            let times = pace(worker).map_or(1.0, |pace| median / pace);
+            if times > slowest {
+                worker.rests = Some(Instant::now());
+                let why =
+                    format!("rests, because a token takes it {times:.1} times as long as the median of the workers");
+                status!("workers   {name} {why}");
+                changes.push((name.clone(), why));
+            }
+        }
+        changes
+    }
+
     /// Counts a result of `worker` that was taken.
     pub(super) fn taken(&self, worker: &str) {
         lock(&self.0).entry(worker.to_owned()).or_default().results += 1;
@@ -184,5 +223,26 @@ mod tests {
         assert_eq!(roster.report()[1].condition, "rejected");
         roster.hear(vec![("a".into(), pulse(200, "", true))]);
         assert!(roster.report().iter().all(|worker| !worker.url.starts_with("a ")));
+    }
+
+    #[test]
+    fn workers_that_are_much_slower_than_the_median_rest_for_a_while() {
+        let roster = Roster::default();
+        let paced = |pace: f64| {
+            let pulse = Pulse { role: "rollout".into(), pace: Some(pace), ..Pulse::default() };
+            serde_json::to_vec(&pulse).unwrap()
+        };
+        let paces = [30.0, 31.0, 9.0, 29.0, 33.0, 12.0, 30.0];
+        let names = ["a", "b", "c", "d", "e", "f", "g"].map(String::from);
+        roster.hear(names.into_iter().zip(paces.map(paced)).collect());
+        assert!(roster.rests(3.0).is_empty(), "seven workers are too few");
+        roster.hear(vec![("h".into(), paced(28.0)), ("i".into(), serde_json::to_vec(&Pulse::default()).unwrap())]);
+        assert!(roster.rests(0.0).is_empty());
+        let changes = roster.rests(3.0);
+        let [(name, why)] = changes.as_slice() else { panic!("{changes:?}") };
+        assert!(name == "c" && why.contains("3.3 times as long"), "{name} {why}");
+        assert!(roster.rests(3.0).is_empty(), "it is told once");
+        lock(&roster.0).get_mut("c").unwrap().rests = Instant::now().checked_sub(REST);
+        assert_eq!(roster.rests(3.0), [("c".to_owned(), String::new())]);
     }
 }

@@ -15,11 +15,11 @@ use kernels::Format;
 use preceptor_actors::SnapshotCell;
 use preceptor_actors::transport::{Lease, Transport, TransportError};
 
-use super::coordinator::{QueueNames, shut_out};
+use super::coordinator::{QueueNames, rest, shut_out};
 use super::notices::Notices;
 use super::protocol::{
     Answer, Done, OLDEST_PROTOCOL, PROTOCOL, Pulse, RUN, RunNotice, RunState, WEIGHTS, WeightsNotice, Work, decode,
-    encode, is_compatible,
+    encode, is_compatible, result_id,
 };
 use crate::config::{Choice, RolloutWeights};
 use crate::lm::model::{Decoder, Lora, ModelConfig, Weights};
@@ -42,6 +42,9 @@ const LOOK: Duration = Duration::from_millis(200);
 pub(super) const PULL: Duration = Duration::from_millis(500);
 /// Time without progress of the engine after which the worker gives no sign of life for its work.
 pub(super) const STUCK: Duration = Duration::from_secs(120);
+
+/// Number of decode steps from which on their time is a measure of the pace.
+const PACED_STEPS: u64 = 20;
 
 /// Settings of a worker.
 #[derive(Debug, Clone, PartialEq)]
@@ -268,6 +271,12 @@ struct Lineage<'a> {
     summary: Summary,
     completions: u64,
     bytes: u64,
+    /// Decode steps since the last sign of life, and the time that they took.
+    steps: (u64, Duration),
+    /// Tokens per second of one completion.
+    pace: Option<f64>,
+    /// Reason why the worker is to take no work; empty if it may.
+    rests: String,
 }
 
 impl<'a> Lineage<'a> {
@@ -300,7 +309,7 @@ impl<'a> Lineage<'a> {
         };
         ensure!(
             plan.slots >= notice.group_size,
-            "--slots {} is less than a group of {} completions (rollout.group_size of the run)",
+            "--slots {} is less than the {} completions of a piece of work (rollout.group_size of the run, or cluster.part)",
             plan.slots,
             notice.group_size
         );
@@ -323,6 +332,9 @@ impl<'a> Lineage<'a> {
             summary: Summary::default(),
             completions: 0,
             bytes: 0,
+            steps: (0, Duration::ZERO),
+            pace: None,
+            rests: String::new(),
         })
     }
 
@@ -363,10 +375,15 @@ impl<'a> Lineage<'a> {
             }
             if pulsed.is_none_or(|at| at.elapsed() > PULSE) {
                 pulsed = Some(Instant::now());
+                self.measure();
                 self.pulse(notices, false)?;
                 if let Some(ended) = is_over(self.plan, &self.notice, notices)? {
                     return Ok(ended);
                 }
+                self.rests = match notices.get(&self.plan.run, &rest(&self.plan.name)) {
+                    Ok(why) => String::from_utf8_lossy(&why.unwrap_or_default()).into_owned(),
+                    Err(_) => String::new(),
+                };
             }
             let behind = !self.held.is_empty() || self.cell.is_none();
             if looked.is_none_or(|at| at.elapsed() > if behind { LOOK / 4 } else { LOOK }) {
@@ -455,9 +472,24 @@ impl<'a> Lineage<'a> {
         self.cell.as_ref().map(|cell| cell.latest().version)
     }
 
+    /// Measures the pace of the last seconds, if enough steps were made.
+    fn measure(&mut self) {
+        let (steps, took) = self.steps;
+        if steps >= PACED_STEPS {
+            self.pace = Some(steps as f64 / took.as_secs_f64().max(1e-9));
+            self.steps = (0, Duration::ZERO);
+        }
+    }
+
     /// Pulls as much work as there is room for. Returns false if the queue does not answer.
     fn pull(&mut self, transport: &dyn Transport) -> Result<bool> {
         let Some(engine) = &self.engine else { return Ok(true) };
+        if !self.rests.is_empty() {
+            if engine.is_idle() {
+                std::thread::sleep(PULL);
+            }
+            return Ok(true);
+        }
         let held: usize = self.held.iter().map(|work| work.seeds.len()).sum();
         let room = engine.free().saturating_sub(held) / self.notice.group_size.max(1);
         if room == 0 || !engine.accepts() {
@@ -517,7 +549,9 @@ impl<'a> Lineage<'a> {
             *lock(&self.leases.progress) = None;
             return Ok(Vec::new());
         };
+        let began = Instant::now();
         let ended = engine.advance().map_err(|error| anyhow::anyhow!("{error}"))?;
+        self.steps = (self.steps.0 + 1, self.steps.1 + began.elapsed());
         *lock(&self.leases.progress) = Some(Instant::now());
         let mut done = Vec::new();
         for (seq, sampled) in ended {
@@ -548,8 +582,9 @@ impl<'a> Lineage<'a> {
         for done in results {
             let body = encode(&done)?;
             // Of the work and not of the group, which may be offered again after its first result was dropped.
-            let of = lock(&self.leases.held).get(&done.seq).map(|lease| lease.id().to_owned());
-            let id = format!("{}-{}", of.unwrap_or_else(|| done.seq.to_string()), self.plan.name);
+            let of = lock(&self.leases.held).get(&done.seq).map(|lease| (lease.id().to_owned(), lease.deliveries()));
+            let (of, deliveries) = of.unwrap_or_else(|| (done.seq.to_string(), 1));
+            let id = result_id(&of, &self.plan.name, deliveries);
             match transport.offer(&self.names.results, &id, &body) {
                 Ok(_) => {
                     self.summary.groups += 1;
@@ -584,9 +619,11 @@ impl<'a> Lineage<'a> {
             (Some(newest), Some(needed)) if self.open.is_empty() && needed > newest => {
                 format!("waits for version {needed}")
             }
+            _ if self.open.is_empty() => self.rests.clone(),
             _ => String::new(),
         };
         let pulse = Pulse {
+            pace: self.pace,
             role: "rollout".into(),
             program: env!("CARGO_PKG_VERSION").into(),
             host: host(),

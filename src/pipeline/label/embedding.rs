@@ -23,6 +23,11 @@ pub trait Encoder: Send + Sync {
     /// Returns the number of values of the encoder's weights in this process.
     fn parameters(&self) -> usize;
 
+    /// Returns the same encoder for askers outside of the run's graph, if halting that ends the questions of this one.
+    fn outside_graph(&self) -> Option<Arc<dyn Encoder>> {
+        None
+    }
+
     /// Registers a liveness callback; see [`super::backend::Backend::register_liveness`].
     fn register_liveness(&self, _name: &str, _alive: &Alive) {}
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::backend::Backend;
+use super::cache::{Cached, Store};
 use super::embedding::Embedding;
 use super::local::Local;
 use super::workers::WorkerJudge;
@@ -26,8 +27,8 @@ pub enum JudgeBackend {
     OnWorkers {
         /// The model without the label cache.
         judge: Arc<WorkerJudge>,
-        /// The model behind the label cache, if there is one.
-        backend: Arc<dyn Backend>,
+        /// The label cache, if there is one.
+        cache: Option<Arc<Store>>,
     },
     /// A language model behind a server, with or without the label cache.
     Asked(Arc<dyn Backend>),
@@ -41,6 +42,34 @@ impl JudgeBackend {
             Self::Embedder(embedding) => embedding.identity,
             Self::OnWorkers { judge, .. } => judge.facts.identity,
             Self::Asked(backend) => backend.identity(),
+        }
+    }
+
+    /// Returns the language model that answers questions in text; `None` for a sentence encoder.
+    pub fn backend(&self) -> Option<Arc<dyn Backend>> {
+        Some(match self {
+            Self::Model(local) => Arc::clone(local) as _,
+            Self::Cached { backend, .. } | Self::Asked(backend) => Arc::clone(backend),
+            Self::OnWorkers { judge, cache: None } => Arc::clone(judge) as _,
+            Self::OnWorkers { judge, cache: Some(store) } => {
+                Arc::new(Cached::new(Arc::clone(judge) as _, Arc::clone(store)))
+            }
+            Self::Embedder(_) => return None,
+        })
+    }
+
+    /// Returns the same judge for askers outside of the run's graph, such as evaluations.
+    #[must_use]
+    pub fn outside_graph(&self) -> Self {
+        match self {
+            Self::OnWorkers { judge, cache } => {
+                Self::OnWorkers { judge: Arc::new(judge.outside_graph()), cache: cache.clone() }
+            }
+            Self::Embedder(Embedding { embedder, identity }) => {
+                let embedder = embedder.outside_graph().unwrap_or_else(|| Arc::clone(embedder));
+                Self::Embedder(Embedding { embedder, identity: *identity })
+            }
+            Self::Model(_) | Self::Cached { .. } | Self::Asked(_) => self.clone(),
         }
     }
 

@@ -32,11 +32,27 @@ pub struct JudgePool {
     open: Mutex<HashMap<u64, Asked>>,
     /// Number of questions so far.
     count: AtomicU64,
-    /// Actors that wait for answers, by name.
-    waiting: Mutex<HashMap<String, Alive>>,
     /// Reason why no answers come; empty if they come.
     reason: Mutex<String>,
     closed: AtomicBool,
+}
+
+/// Actors that wait for answers, by name.
+#[derive(Default)]
+struct Waiting(Mutex<HashMap<String, Alive>>);
+
+impl Waiting {
+    fn register(&self, name: &str, alive: &Alive) {
+        lock(&self.0).insert(name.to_owned(), Alive::clone(alive));
+    }
+
+    /// Gives a sign of life to the actors. Returns whether any of them still wants an answer, or none is registered.
+    fn sign(&self, reason: &str) -> bool {
+        let waiting = lock(&self.0);
+        // All callbacks must be called, so this does not stop at the first.
+        let wanted = waiting.values().filter(|alive| alive(reason)).count();
+        wanted > 0 || waiting.is_empty()
+    }
 }
 
 /// A question without an answer.
@@ -56,21 +72,18 @@ pub struct Asked {
 }
 
 impl JudgePool {
-    /// Asks `judge`, and waits for the answer for as long as any registered actor wants it.
-    ///
-    /// # Errors
-    /// If no worker can compute the answer, or nobody wants it any more; the error says why.
-    pub fn ask(&self, judge: &str, question: Question) -> Result<LabelAnswer, String> {
+    /// Asks `judge`, and waits for the answer for as long as any of `waiting` wants it.
+    fn ask(&self, judge: &str, question: Question, waiting: &Waiting) -> Result<LabelAnswer, String> {
         let (reply, answer) = bounded(1);
         let id = self.count.fetch_add(1, Ordering::Relaxed);
         let asked = Asked { judge: judge.to_owned(), question, offered: false, attempts: 0, failures: 0, reply };
         lock(&self.open).insert(id, asked);
-        let answered = self.wait(&answer);
+        let answered = self.wait(&answer, waiting);
         lock(&self.open).remove(&id);
         answered
     }
 
-    fn wait(&self, answer: &Receiver<Result<LabelAnswer, String>>) -> Result<LabelAnswer, String> {
+    fn wait(&self, answer: &Receiver<Result<LabelAnswer, String>>, waiting: &Waiting) -> Result<LabelAnswer, String> {
         loop {
             match answer.recv_timeout(SIGN) {
                 Ok(answered) => return answered,
@@ -80,23 +93,10 @@ impl JudgePool {
             if self.closed.load(Ordering::SeqCst) {
                 return Err("the run no longer asks its workers".into());
             }
-            if !self.sign() {
+            if !waiting.sign(&lock(&self.reason).clone()) {
                 return Err("the answer is no longer wanted, because the run's graph was halted".into());
             }
         }
-    }
-
-    /// Gives a sign of life to the waiting actors. Returns whether any of them still wants an answer, or none is registered.
-    fn sign(&self) -> bool {
-        let reason = lock(&self.reason).clone();
-        let waiting = lock(&self.waiting);
-        // All callbacks must be called, so this does not stop at the first.
-        let wanted = waiting.values().filter(|alive| alive(&reason)).count();
-        wanted > 0 || waiting.is_empty()
-    }
-
-    fn register_liveness(&self, name: &str, alive: &Alive) {
-        lock(&self.waiting).insert(name.to_owned(), Alive::clone(alive));
     }
 
     /// Sets why no answers come.
@@ -224,7 +224,8 @@ pub struct WorkerJudge {
     /// Facts that were read from the weights before they went to the workers.
     pub facts: JudgeFacts,
     /// Folder of the judge in the run's store, once it is there.
-    name: OnceLock<String>,
+    name: Arc<OnceLock<String>>,
+    waiting: Waiting,
     /// Texts that all prompts of a template begin with, longest first.
     common: Mutex<Vec<String>>,
 }
@@ -247,7 +248,13 @@ pub struct JudgeFacts {
 impl WorkerJudge {
     /// Creates a judge that is asked through `pool`.
     pub fn new(pool: Arc<JudgePool>, facts: JudgeFacts) -> Self {
-        Self { pool, facts, name: OnceLock::new(), common: Mutex::default() }
+        Self { pool, facts, name: Arc::default(), waiting: Waiting::default(), common: Mutex::default() }
+    }
+
+    /// Returns the same judge for askers outside of the run's graph, whose questions do not end when that is halted.
+    #[must_use]
+    pub fn outside_graph(&self) -> Self {
+        Self { name: Arc::clone(&self.name), ..Self::new(Arc::clone(&self.pool), self.facts.clone()) }
     }
 
     /// Sets the judge's folder in the run's store. Later calls have no effect.
@@ -259,7 +266,7 @@ impl WorkerJudge {
     fn ask(&self, question: Question) -> Result<LabelAnswer, String> {
         let name =
             self.name.get().ok_or("the run has not offered its judges to workers; only `preceptor train` does")?;
-        self.pool.ask(name, question)
+        self.pool.ask(name, question, &self.waiting)
     }
 
     /// Returns the number of bytes that all `prompts` begin with, among the texts that their templates begin with.
@@ -279,7 +286,7 @@ impl Backend for WorkerJudge {
     }
 
     fn register_liveness(&self, name: &str, alive: &Alive) {
-        self.pool.register_liveness(name, alive);
+        self.waiting.register(name, alive);
     }
 
     fn waits(&self) -> bool {
@@ -360,7 +367,7 @@ impl TokenJudge for WorkerJudge {
     }
 
     fn register_liveness(&self, name: &str, alive: &Alive) {
-        self.pool.register_liveness(name, alive);
+        self.waiting.register(name, alive);
     }
 
     fn waits(&self) -> bool {
@@ -391,8 +398,12 @@ impl Encoder for WorkerJudge {
         0
     }
 
+    fn outside_graph(&self) -> Option<Arc<dyn Encoder>> {
+        Some(Arc::new(Self::outside_graph(self)))
+    }
+
     fn register_liveness(&self, name: &str, alive: &Alive) {
-        self.pool.register_liveness(name, alive);
+        self.waiting.register(name, alive);
     }
 
     fn waits(&self) -> bool {

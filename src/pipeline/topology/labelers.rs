@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use crate::config::{Config, LabelerKind, Method, Methods};
 use crate::lm::tokens::Tokenizer;
 use crate::pipeline::label::Labeler;
-use crate::pipeline::label::backend::{Backend, Decoding};
+use crate::pipeline::label::backend::Decoding;
 use crate::pipeline::label::direct::Direct;
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::likelihood::{Likelihood, TokenJudge};
@@ -67,7 +67,8 @@ pub fn labeler_on(config: &Config, backends: &[JudgeBackend]) -> Result<Box<dyn 
 /// The same as for [`labeler`].
 pub fn evaluation_judge(config: &Config, prepared: &Prepared) -> Result<Box<dyn Labeler>> {
     let backends = if config.evaluation.labeler.is_some() { &prepared.evaluation_backends } else { &prepared.backends };
-    build(config, config.evaluation_judge(), backends)
+    let backends: Vec<JudgeBackend> = backends.iter().map(JudgeBackend::outside_graph).collect();
+    build(config, config.evaluation_judge(), &backends)
 }
 
 /// Returns the labeler of `methods` with `backends` as the judges, one per method. `path` is the configuration key of the
@@ -90,15 +91,7 @@ fn build(config: &Config, (path, methods): (&str, &Methods), backends: &[JudgeBa
 }
 
 fn method_labeler(config: &Config, method: &Method, judge: &JudgeBackend) -> Result<Box<dyn Labeler>> {
-    let backend = || -> Result<Arc<dyn Backend>> {
-        match judge {
-            JudgeBackend::Model(local) => Ok(Arc::clone(local) as Arc<dyn Backend>),
-            JudgeBackend::Cached { backend, .. }
-            | JudgeBackend::OnWorkers { backend, .. }
-            | JudgeBackend::Asked(backend) => Ok(Arc::clone(backend)),
-            JudgeBackend::Embedder(_) => bail!("a sentence embedder cannot be asked questions"),
-        }
-    };
+    let backend = || judge.backend().context("a sentence embedder cannot be asked questions");
     let tokens: Option<Arc<dyn TokenJudge>> = match judge {
         JudgeBackend::Model(local) | JudgeBackend::Cached { local, .. } => Some(Arc::new(local.judge().clone())),
         JudgeBackend::OnWorkers { judge, .. } => Some(Arc::clone(judge) as _),
