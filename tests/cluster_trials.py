@@ -8,6 +8,7 @@ PROGRAM is the program, WORK a folder for runs and logs. TRIAL is the name of a 
     kills   N random SIGKILLs over two workers, the broker and the coordinator, with eta = 4, groups in parts, checkpoints 20 steps apart, and a
             judge on a server that counts what it is asked
     pause   a worker is stopped (SIGSTOP) for longer than its lease, and continued
+    same    with eta = 0, two workers of different sizes and groups in parts, the weights are, bit for bit, those of one process
     label   two workers hold the weights of a panel of judges, and one is killed; with eta = 0 the weights are, bit for bit, those of
             a run that labels by itself
     account a broker with certificates and an account for the run (deploy/certificates.sh, deploy/account.sh): the run's node and
@@ -22,6 +23,7 @@ The script prints a line for each trial and ends with status 1 if one failed.
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import http.server
 import json
@@ -91,7 +93,8 @@ class Judge:
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
-                self.wfile.write(answer)
+                with contextlib.suppress(BrokenPipeError):  # The coordinator was killed.
+                    self.wfile.write(answer)
 
             def log_message(self, *_):
                 pass
@@ -123,13 +126,13 @@ class Cluster:
     def run(self):
         return self.dir / "run"
 
-    def start(self, name):
+    def start(self, name, *arguments):
         command = {
             "broker": ["nats-server", "-a", self.spaces.get("address", "127.0.0.1"), "-p", str(NATS), "-js", "-sd", str(self.dir / "nats"), *self.broker],
             "coordinator": [str(PROGRAM), "train", str(ROOT / "configs/offline.toml"), "--run-dir", str(self.run())],
         }.get(name, [str(PROGRAM), "worker", "--join", self.address, "--run", "offline", "--name", name, "--threads", "1"])
         if name.startswith(("worker", "label")):
-            command += self.worker
+            command += [*self.worker, *arguments]
         if name.startswith("label"):
             command += ["--role", "label"]
         if name == "coordinator":
@@ -336,6 +339,32 @@ def pause():
         cluster.close()
 
 
+def checksum(cluster):
+    """Returns the checksum of the weights of the last checkpoint."""
+    last = max(cluster.run().glob("checkpoints/step-*"))
+    return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
+
+
+def same():
+    sets = ["learner.eta=0", "run.steps=15", "rollout.update=between-groups"]
+    weights = []
+    for name, away in [("one", ()), ("same", ("rollout.engine=workers", "cluster.part=3"))]:
+        cluster = Cluster(name, sets, away=away)
+        try:
+            if away:
+                cluster.start("worker-1", "--slots", "4")
+                cluster.start("worker-2", "--slots", "24")
+            cluster.start("coordinator")
+            cluster.wait(cluster.ended)
+            cluster.leave()
+            check(cluster, 15, 0)
+            weights.append(checksum(cluster))
+        finally:
+            cluster.close()
+    assert weights[0] == weights[1], f"the weights differ: {weights}"
+    return f"15 steps, the same weights: {weights[0][:16]}"
+
+
 def label():
     panel = '[{type="likelihood"}, {type="pairwise"}, {type="direct", weight=0.5}]'
     sets = ["learner.eta=0", "run.steps=12", "rollout.update=between-groups", "labeler.type=panel", f"labeler.members={panel}", "labeler.workers=2"]
@@ -354,8 +383,7 @@ def label():
             cluster.wait(cluster.ended)
             cluster.leave()
             check(cluster, 12, 0)
-            last = max(cluster.run().glob("checkpoints/step-*"))
-            weights.append(hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest())
+            weights.append(checksum(cluster))
         finally:
             cluster.close()
     assert weights[0] == weights[1], f"the weights differ: {weights}"
@@ -453,7 +481,7 @@ def links():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-TRIALS = {"plain": plain, "kills": kills, "pause": pause, "label": label, "account": account, "links": links}
+TRIALS = {"plain": plain, "kills": kills, "pause": pause, "same": same, "label": label, "account": account, "links": links}
 
 
 def main():

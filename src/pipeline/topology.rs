@@ -272,6 +272,7 @@ impl Node {
         let config = &self.config;
         let plan = LocalPlan {
             slots: config.rollout.slots,
+            kernels_for: config.rollout.slots,
             in_flight: config.rollout.update == UpdateMode::InFlight,
             format: match config.rollout.weights {
                 RolloutWeights::F32 => None,

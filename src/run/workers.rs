@@ -228,6 +228,7 @@ fn notice(config: &Config, node: &Node) -> SamplingNotice {
         stop: rollout.stop.clone(),
         in_flight: rollout.update == crate::config::UpdateMode::InFlight,
         weights: rollout.weights.word().to_owned(),
+        kernels_for: Some(rollout.slots),
     }
 }
 

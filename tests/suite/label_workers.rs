@@ -70,6 +70,7 @@ impl Run {
                 stop: Vec::new(),
                 in_flight: false,
                 weights: "f32".into(),
+                kernels_for: None,
             },
             bounds: Bounds { rows: 259, max_new_tokens: 8 },
             lora: None,

@@ -164,6 +164,10 @@ pub struct SamplingNotice {
     pub in_flight: bool,
     /// Format of the weights for sampling: `f32`, `bf16` or `q8_0`.
     pub weights: String,
+    /// Number of concurrent completions of one process whose samples workers give to the last bit; by default each worker's
+    /// own number.
+    #[serde(default)]
+    pub kernels_for: Option<usize>,
 }
 
 /// The newest weights of a run.

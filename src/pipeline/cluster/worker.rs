@@ -435,6 +435,7 @@ impl<'a> Lineage<'a> {
                 let cell = Arc::new(SnapshotCell::new(notice.version, notice.fingerprint, Arc::new(model)));
                 let plan = LocalPlan {
                     slots: self.plan.slots,
+                    kernels_for: self.notice.sampling.kernels_for.unwrap_or(self.plan.slots),
                     in_flight: self.notice.sampling.in_flight,
                     format: self.format,
                     device: self.device.clone(),

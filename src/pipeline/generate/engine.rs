@@ -95,6 +95,12 @@ impl<'a> Engine<'a> {
         if device.is_cpu() { engine } else { Self { slots: slots.max(1), ..engine } }
     }
 
+    /// Selects the kernels of an engine of `slots` sequences, so that samples are those of such an engine to the last bit.
+    #[must_use]
+    pub fn with_kernels_for(self, slots: usize) -> Self {
+        Self { is_large_batch: slots > kernels::LARGE_BATCH_ROWS, ..self }
+    }
+
     /// Selects the kernels for few sequences, regardless of the number of slots.
     pub fn with_small_batch_kernels(self) -> Self {
         Self { is_large_batch: false, ..self }

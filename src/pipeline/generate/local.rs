@@ -24,6 +24,9 @@ pub struct LocalEngine {
 pub struct LocalPlan {
     /// Number of concurrent sequences.
     pub slots: usize,
+    /// Number of concurrent sequences of the engine whose samples this one is to give, to the last bit; see
+    /// [`Engine::with_kernels_for`].
+    pub kernels_for: usize,
     /// True if weights may change between decode steps, false if only when no sequence is under way.
     pub in_flight: bool,
     /// Reduced-precision format of the matrices for sampling; `None` samples with them unchanged.
@@ -35,8 +38,8 @@ pub struct LocalPlan {
 impl LocalEngine {
     /// Creates an engine that receives weights through `reader`.
     pub fn new(reader: SnapshotReader<Decoder>, sampling: &Sampling, plan: LocalPlan) -> Self {
-        let LocalPlan { slots, in_flight, format, device } = plan;
-        let engine = Engine::on(&device, sampling, slots);
+        let LocalPlan { slots, kernels_for, in_flight, format, device } = plan;
+        let engine = Engine::on(&device, sampling, slots).with_kernels_for(kernels_for);
         let copies = DeviceReplicas::new(device);
         Self {
             weights: LiveWeights { reader, in_flight, format, copies, running: None, pinned: false, ctx: None },
