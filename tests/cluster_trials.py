@@ -1,6 +1,6 @@
 """Trials of runs whose completions are sampled, or whose labels are computed, by workers on this machine, with a real NATS server.
 
-    python3 tests/cluster_trials.py PROGRAM WORK [TRIAL…] [--kills N] [--seed S] [--steps N] [--alone]
+    python3 tests/cluster_trials.py PROGRAM WORK [TRIAL…] [--kills N] [--seed S] [--steps N] [--alone] [--namespaces]
 
 PROGRAM is the program, WORK a folder for runs and logs. TRIAL is the name of a trial; without a name the script performs all.
 
@@ -49,6 +49,7 @@ ARGUMENTS.add_argument("trials", nargs="*", metavar="TRIAL")
 ARGUMENTS.add_argument("--kills", type=int, default=10)
 ARGUMENTS.add_argument("--seed", type=int, default=0)
 ARGUMENTS.add_argument("--steps", type=int, default=0, help="number of steps of `kills`; the default suits --kills")
+ARGUMENTS.add_argument("--namespaces", action="store_true", help="`kills` in three network namespaces; needs root")
 ARGUMENTS.add_argument("--alone", action="store_true", help="omits the undisturbed run of `kills`")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +100,7 @@ class Judge:
             def log_message(self, *_):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", JUDGE), Handler)
+        self.server = http.server.ThreadingHTTPServer(("0.0.0.0", JUDGE), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self):
@@ -237,29 +238,34 @@ def fresh(name):
     return WORK / name
 
 
-def direct(steps, eta):
+def direct(steps, eta, host="127.0.0.1"):
     return [
         f"run.steps={steps}", f"learner.eta={eta}", "learner.lr=1e-4", "checkpoint.every_steps=20", "checkpoint.every_minutes=0", "run.mode=direct",
         "labeler.type=direct", "labeler.cache_entries=1", f"labeler.cache={fresh('labels')}", "labeler.workers=2",
-        f'labeler.remote={{ url = "http://127.0.0.1:{JUDGE}/v1", model = "judge", concurrency = 4 }}',
+        f'labeler.remote={{ url = "http://{host}:{JUDGE}/v1", model = "judge", concurrency = 4 }}',
     ]
 
 
 def kills():
+    with namespaces() if ARGS.namespaces else contextlib.nullcontext({}) as spaces:
+        return killed(spaces)
+
+
+def killed(spaces):
     chance = random.Random(ARGS.seed)
     steps = ARGS.steps or 60 + 20 * ARGS.kills
     judge = Judge()
-    cluster = Cluster("kills", [*direct(steps, 4), "cluster.part=3"])
+    cluster = Cluster("kills", [*direct(steps, 4, spaces.get("host", "127.0.0.1")), "cluster.part=3"], spaces)
     try:
         for name in ["worker-1", "worker-2", "coordinator"]:
             cluster.start(name)
-        killed, largest = collections.Counter(), collections.Counter()
+        deaths, largest = collections.Counter(), collections.Counter()
         cluster.wait(lambda: cluster.steps() > 2)
-        while sum(killed.values()) < ARGS.kills and not cluster.ended():
+        while sum(deaths.values()) < ARGS.kills and not cluster.ended():
             name = chance.choices(["worker-1", "worker-2", "coordinator", "broker"], [3, 3, 3, 1])[0]
             measure(cluster, largest)
             cluster.kill(name)
-            killed[name.split("-")[0]] += 1
+            deaths[name.split("-")[0]] += 1
             time.sleep(chance.choice([0, 0, 0.5, 2]))
             cluster.start(name)
             # A restored run repeats the steps after its checkpoint.
@@ -275,13 +281,13 @@ def kills():
         needed = steps * BATCH * GROUP
         bought = sum(judge.asked.values())
         # Two groups are labeled at a time, and a label counts when its group has all.
-        in_flight = killed["coordinator"] * 2 * GROUP
+        in_flight = deaths["coordinator"] * 2 * GROUP
         words = (
-            f"{dict(killed)} killed, {len(groups)} groups, staleness at most {stale}, {bought} labels bought for {needed} needed,"
+            f"{dict(deaths)} killed, {len(groups)} groups, staleness at most {stale}, {bought} labels bought for {needed} needed,"
             f" at most {in_flight} in flight at kills; {again} groups given up, {lost} with labels; largest memory "
             + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in sorted(largest.items()))
         )
-        assert sum(killed.values()) == ARGS.kills, f"the run ended early: {words}"
+        assert sum(deaths.values()) == ARGS.kills, f"the run ended early: {words}"
         assert needed <= bought <= needed + in_flight, words
         assert lost == 0, words
         if ARGS.alone:
@@ -435,15 +441,19 @@ def ip(*words):
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
-def links():
+@contextlib.contextmanager
+def namespaces():
+    """Makes three network namespaces, for the broker, the node and the workers; yields the places of a cluster's processes.
+
+    `host` is the address of this script's namespace, as the others see it."""
     names = {role: f"preceptor-{role}" for role in ["broker", "node", "workers"]}
-    cluster = None
+    remove = lambda: [subprocess.run(["ip", "netns", "del", name], capture_output=True) for name in names.values()]
+    remove()
     try:
         for name in names.values():
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
-        # The broker's namespace has a bridge to which the two others are connected.
+        # The broker's namespace has a bridge to which the others are connected.
         ip("-n", names["broker"], "link", "add", "bridge", "type", "bridge")
         ip("-n", names["broker"], "addr", "add", "10.77.0.1/24", "dev", "bridge")
         ip("-n", names["broker"], "link", "set", "bridge", "up")
@@ -453,32 +463,41 @@ def links():
             ip("-n", names["broker"], "link", "set", f"pv{i}", "master", "bridge", "up")
             ip("-n", names[role], "addr", "add", f"10.77.0.{i}/24", "dev", "eth0")
             ip("-n", names[role], "link", "set", "eth0", "up")
-        spaces = {"address": "10.77.0.1", "broker": names["broker"], "coordinator": names["node"]}
-        spaces |= {"worker-1": names["workers"], "worker-2": names["workers"]}
-        cluster = Cluster("links", ["learner.eta=4", "run.steps=240"], spaces)
-        for name in ["worker-1", "worker-2", "coordinator"]:
-            cluster.start(name)
-        cluster.wait(lambda: cluster.steps() > 5)
-        ip("-n", names["broker"], "link", "set", "pv3", "down")
-        time.sleep(25)
-        ip("-n", names["broker"], "link", "set", "pv3", "up")
-        at = cluster.steps()
-        cluster.wait(lambda: cluster.steps() > at + 20)
-        words = f"{at} steps when the link came back; "
-        shaped = subprocess.run(
-            ["ip", "netns", "exec", names["workers"], "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "10mbit", "burst", "32k", "latency", "400ms"],
-            capture_output=True, text=True,
-        )
-        words += "then 10 Mb/s" if shaped.returncode == 0 else f"no slow link: {shaped.stderr.strip()}"
-        cluster.wait(cluster.ended)
-        cluster.leave()
-        groups, stale = check(cluster, 240, 4)
-        return f"{len(groups)} groups, staleness at most {stale}; {words}"
+        # It is removed with its other end.
+        ip("link", "add", "pv4", "netns", names["broker"], "type", "veth", "peer", "name", "preceptor-host")
+        ip("-n", names["broker"], "link", "set", "pv4", "master", "bridge", "up")
+        ip("addr", "add", "10.77.0.4/24", "dev", "preceptor-host")
+        ip("link", "set", "preceptor-host", "up")
+        spaces = {"address": "10.77.0.1", "host": "10.77.0.4", "broker": names["broker"], "coordinator": names["node"]}
+        yield spaces | {"worker-1": names["workers"], "worker-2": names["workers"]}
     finally:
-        if cluster:
+        remove()
+
+
+def links():
+    with namespaces() as spaces:
+        cluster = Cluster("links", ["learner.eta=4", "run.steps=240"], spaces)
+        try:
+            for name in ["worker-1", "worker-2", "coordinator"]:
+                cluster.start(name)
+            cluster.wait(lambda: cluster.steps() > 5)
+            ip("-n", spaces["broker"], "link", "set", "pv3", "down")
+            time.sleep(25)
+            ip("-n", spaces["broker"], "link", "set", "pv3", "up")
+            at = cluster.steps()
+            cluster.wait(lambda: cluster.steps() > at + 20)
+            words = f"{at} steps when the link came back; "
+            shaped = subprocess.run(
+                ["ip", "netns", "exec", spaces["worker-1"], "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "10mbit", "burst", "32k", "latency", "400ms"],
+                capture_output=True, text=True,
+            )
+            words += "then 10 Mb/s" if shaped.returncode == 0 else f"no slow link: {shaped.stderr.strip()}"
+            cluster.wait(cluster.ended)
+            cluster.leave()
+            groups, stale = check(cluster, 240, 4)
+            return f"{len(groups)} groups, staleness at most {stale}; {words}"
+        finally:
             cluster.close()
-        for name in names.values():
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 TRIALS = {"plain": plain, "kills": kills, "pause": pause, "same": same, "label": label, "account": account, "links": links}
