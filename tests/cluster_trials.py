@@ -94,13 +94,14 @@ class Judge:
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
-                with contextlib.suppress(BrokenPipeError):  # The coordinator was killed.
-                    self.wfile.write(answer)
+                self.wfile.write(answer)
 
             def log_message(self, *_):
                 pass
 
         self.server = http.server.ThreadingHTTPServer(("0.0.0.0", JUDGE), Handler)
+        # A coordinator that is killed breaks its connections.
+        self.server.handle_error = lambda *_: None
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self):
