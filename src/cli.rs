@@ -53,7 +53,7 @@ enum Command {
     Tune(tune::Tune),
     /// Shows a running node in the terminal: its bottleneck, its actors, its training curves.
     Top(top::Top),
-    /// Samples on this machine for a run on another one (rollout.engine = "workers").
+    /// Samples or labels on this machine for a run on another one (rollout.engine or labeler.engine = "workers").
     Worker(worker::Worker),
     /// Repeats a run's learner steps from its journal, and compares the weights after each step with the run's.
     Replay(replay::Replay),

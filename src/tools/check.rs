@@ -507,7 +507,12 @@ fn asked(
                 "; the price is not set (labeler.remote.price_prompt, price_completion)".into()
             }
         });
-        let place = if method.remote.is_some() { "server" } else { "local" };
+        let away = config.labeler.engine == LabelEngine::Workers && config.labeler.methods.contains(method);
+        let place = match &method.remote {
+            Some(_) => "server",
+            None if away => "on workers",
+            None => "local",
+        };
         let kind = crate::config::Choice::word(method.kind);
         lines.push(format!(
             "{title:<11} {kind}, {place}: {questions:.0} questions per {time}, about {:.0} tokens read, {:.0} written{cost}",
