@@ -1,9 +1,11 @@
-//! The node's HTTP server: the live page with its data, `/metrics`, `/healthz`, `/readyz`. Read-only: GET and HEAD.
+//! The node's HTTP server: the live page with its data, `/metrics`, `/healthz`, `/readyz`, and `/weights` for workers.
+//! Read-only: GET and HEAD.
 
 mod connections;
 mod hosts;
 mod page;
 mod token;
+mod weights;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -76,6 +78,7 @@ fn router(monitor: Arc<Monitor>, token: Option<Token>, hosts: Hosts) -> Router {
         .route("/status", get(async |State(monitor): Node| Json(monitor.status())))
         .route("/history", get(async |State(monitor): Node| Json(monitor.history())))
         .route("/samples", get(async |State(monitor): Node| Json(monitor.samples())))
+        .route("/weights/{name}/{file}", get(weights::weights))
         .with_state(monitor);
     // The layer covers unknown paths too, so that a client without the token cannot tell which paths exist.
     let router = match token {

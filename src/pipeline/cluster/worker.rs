@@ -3,8 +3,9 @@
 //! A worker pulls work, samples with its own engine, puts the result into the results' queue and then acknowledges the work.
 //! It may join and leave at any moment: work that it does not finish is delivered to another worker.
 
+use std::cell::Cell;
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use preceptor_actors::SnapshotCell;
 use preceptor_actors::transport::{Lease, Transport, TransportError};
 
 use super::coordinator::{QueueNames, shut_out};
+use super::fetch::{StorePlan, WorkerStore};
 use super::notices::Notices;
 use super::protocol::{
     Answer, Done, OLDEST_PROTOCOL, PROTOCOL, Pulse, RUN, RunNotice, RunState, WEIGHTS, WeightsNotice, Work, decode,
@@ -29,7 +31,6 @@ use crate::pipeline::generate::local::{LocalEngine, LocalPlan};
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::stage::RolloutEngine;
 use crate::pipeline::generate::stop::Stop;
-use crate::pipeline::served::verify;
 use crate::status;
 use crate::types::Prompt;
 use crate::util::mutex::lock;
@@ -50,8 +51,8 @@ pub struct WorkerPlan {
     pub run: String,
     /// Name of this worker: letters, digits, `-` and `_`.
     pub name: String,
-    /// Path of the store of weights here; `None` if it is that of the coordinator.
-    pub store: Option<PathBuf>,
+    /// Where weights are read.
+    pub store: StorePlan,
     /// Number of concurrent completions.
     pub slots: usize,
     /// Time to finish work after the worker is told to stop.
@@ -84,11 +85,26 @@ pub fn work(
     stop: &AtomicBool,
 ) -> Result<Summary> {
     let mut total = Summary::default();
-    let mut left = None;
+    let (mut left, mut store) = (None, None);
     loop {
         let Some(notice) = wait_for_run(plan, notices, stop, left)? else { return Ok(total) };
         status!("worker    {} works for {}, lineage {:016x}", plan.name, plan.run, notice.lineage);
-        let mut lineage = Lineage::open(plan, device, &notice)?;
+        let opened = WorkerStore::open(&plan.store, &plan.run, &notice.store, store.take())?;
+        let looked = Cell::new(Instant::now());
+        let is_over = || {
+            let looks = looked.get().elapsed() > PULSE;
+            if looks {
+                looked.set(Instant::now());
+            }
+            stop.load(Ordering::SeqCst) || looks && !is_current(plan, notices, &notice)
+        };
+        let base = opened.base(&notice, plan.patience, &is_over)?;
+        let store = store.insert(opened);
+        let Some(base) = base else {
+            left = Some(notice.lineage);
+            continue;
+        };
+        let mut lineage = Lineage::open(plan, device, &notice, store, &base)?;
         let ended = lineage.work(transport, notices, stop);
         total.groups += lineage.summary.groups;
         total.tokens += lineage.summary.tokens;
@@ -162,6 +178,19 @@ fn wait_for_run(
     Ok(None)
 }
 
+/// Returns whether the run still works under `notice`, as far as the broker answers.
+fn is_current(plan: &WorkerPlan, notices: &dyn Notices, notice: &RunNotice) -> bool {
+    match notices.get(&plan.run, RUN) {
+        Ok(Some(found)) => serde_json::from_slice::<RunNotice>(&found)
+            .is_ok_and(|found| found.lineage == notice.lineage && found.state == RunState::Open),
+        Ok(None) => true,
+        Err(error) => {
+            tracing::warn!("{error}");
+            true
+        }
+    }
+}
+
 /// Leases of the work of one worker, which another thread extends.
 #[derive(Default)]
 struct Leases {
@@ -200,7 +229,7 @@ struct Lineage<'a> {
     config: ModelConfig,
     /// Weights of the base model, for adapters.
     base: Option<Weights>,
-    store: PathBuf,
+    store: &'a WorkerStore,
     cell: Option<Arc<SnapshotCell<Decoder>>>,
     engine: Option<LocalEngine>,
     sampling: Sampling,
@@ -219,18 +248,17 @@ struct Lineage<'a> {
 }
 
 impl<'a> Lineage<'a> {
-    fn open(plan: &'a WorkerPlan, device: &Device, notice: &RunNotice) -> Result<Self> {
-        let store = plan.store.clone().unwrap_or_else(|| PathBuf::from(&notice.store));
-        let dir = store.join(&notice.base);
-        verify(&dir, &notice.base_sha256).with_context(|| {
-            format!(
-                "the model of the run cannot be read in {}; give its path on this machine with --store",
-                store.display()
-            )
-        })?;
-        let config = ModelConfig::from_directory(&dir)?;
-        let tokenizer = Tokenizer::from_files(&ModelFiles::Directory(dir.clone()))?;
-        let base = notice.lora.is_some().then(|| read(&dir, &config, device)).transpose()?;
+    /// `dir` is the folder of the run's base model.
+    fn open(
+        plan: &'a WorkerPlan,
+        device: &Device,
+        notice: &RunNotice,
+        store: &'a WorkerStore,
+        dir: &Path,
+    ) -> Result<Self> {
+        let config = ModelConfig::from_directory(dir)?;
+        let tokenizer = Tokenizer::from_files(&ModelFiles::Directory(dir.to_owned()))?;
+        let base = notice.lora.is_some().then(|| read(dir, &config, device)).transpose()?;
         let given = &notice.sampling;
         let sampling = Sampling {
             repetition_penalty: given.repetition_penalty,
@@ -386,10 +414,11 @@ impl<'a> Lineage<'a> {
         if notice.lineage != self.notice.lineage || newest.is_some_and(|newest| notice.version <= newest) {
             return Ok(());
         }
-        let model = match self.load(&notice) {
+        let Some((notice, dir)) = self.store.follow(notice)? else { return Ok(()) };
+        let model = match self.load(&notice, &dir) {
             Ok(model) => model,
             // A newer version may have replaced it meanwhile.
-            Err(error) if !self.store.join(&notice.name).exists() => {
+            Err(error) if !dir.exists() => {
                 tracing::warn!("version {} is no longer there: {error:#}", notice.version);
                 return Ok(());
             }
@@ -413,17 +442,15 @@ impl<'a> Lineage<'a> {
         Ok(())
     }
 
-    fn load(&self, notice: &WeightsNotice) -> Result<Decoder> {
-        let dir = self.store.join(&notice.name);
-        verify(&dir, &notice.sha256)?;
+    fn load(&self, notice: &WeightsNotice, dir: &Path) -> Result<Decoder> {
         let model = match (&self.base, &self.notice.lora) {
             (Some(base), Some(lora)) if notice.adapters => {
                 let lora = Lora { rank: lora.rank, alpha: lora.alpha, targets: lora.targets.clone() };
                 let mut weights = base.clone();
-                weights.0.extend(Lora::read(&dir, &self.device)?.0);
+                weights.0.extend(Lora::read(dir, &self.device)?.0);
                 Decoder::with_adapters(&self.config, &weights, Some(&lora))?
             }
-            _ => Decoder::new(&self.config, &read(&dir, &self.config, &self.device)?)?,
+            _ => Decoder::new(&self.config, &read(dir, &self.config, &self.device)?)?,
         };
         let fingerprint = model.weights().fingerprint()?;
         ensure!(
@@ -561,12 +588,20 @@ impl<'a> Lineage<'a> {
         Ok(later)
     }
 
+    /// Returns the reason of a wait for `weights`, with the failure that prevents it from getting them, if there is one.
+    fn waits_for(&self, weights: &str) -> String {
+        match self.store.trouble() {
+            None => format!("waits for {weights}"),
+            Some(why) => format!("waits for {weights}, and {why}"),
+        }
+    }
+
     /// Gives a sign of life; the last one if the worker `leaves`.
     fn pulse(&self, notices: &dyn Notices, leaves: bool) -> Result<()> {
         let waits = match (self.newest(), self.held.iter().map(|work| work.min_version).min()) {
-            (None, _) => "waits for weights".to_owned(),
+            (None, _) => self.waits_for("weights"),
             (Some(newest), Some(needed)) if self.open.is_empty() && needed > newest => {
-                format!("waits for version {needed}")
+                self.waits_for(&format!("version {needed}"))
             }
             _ => String::new(),
         };
