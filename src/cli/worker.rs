@@ -1,5 +1,6 @@
 //! `preceptor worker`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,8 +10,10 @@ use anyhow::{Context, Result, anyhow};
 use clap::Args;
 
 use crate::config::{WeightsPlace, check_board, check_nats};
+use crate::observe::serve::{Probes, serve_probes};
+use crate::observe::telemetry;
 use crate::pipeline::cluster::worker::host;
-use crate::pipeline::cluster::{Nats, NatsPlan, StorePlan, StoreToken, WorkerPlan, work};
+use crate::pipeline::cluster::{Health, Nats, NatsPlan, Observed, StorePlan, StoreToken, WorkerPlan, work};
 use crate::status;
 use crate::util::exit::{Ended, before_work};
 use crate::util::process::cores;
@@ -52,6 +55,10 @@ pub struct Worker {
     /// below it. The default is `weights` in $PRECEPTOR_CACHE or ~/.cache/preceptor.
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
+    /// IP address and port of an HTTP server with /metrics, /healthz and /readyz, such as 127.0.0.1:9465. It shows numbers
+    /// only, and requires no token. Without this option the worker listens nowhere.
+    #[arg(long, value_name = "ADDR")]
+    metrics_listen: Option<SocketAddr>,
     /// Number of completions that are sampled concurrently. On a CPU at most 64.
     #[arg(long, default_value_t = 32)]
     slots: usize,
@@ -76,6 +83,20 @@ pub struct Worker {
     /// Key (PEM) of --tls-certificate.
     #[arg(long, value_name = "FILE", requires = "tls_certificate")]
     tls_key: Option<PathBuf>,
+}
+
+impl Probes for Health {
+    fn alive(&self) -> Result<(), String> {
+        Self::alive(self)
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        Self::ready(self)
+    }
+
+    fn measure(&self) {
+        telemetry::worker::state(&self.state());
+    }
 }
 
 /// Parses a duration such as 90, 90s or 2m.
@@ -105,6 +126,12 @@ impl Worker {
         let token = before_work(|| token.transpose())?.map(StoreToken::new);
         let store = StorePlan { place: self.store, token, cache: self.cache };
         let device = before_work(|| device::open(&self.device))?;
+        let health = Arc::<Health>::default();
+        if let Some(address) = self.metrics_listen {
+            let serve = || serve_probes(address, Arc::clone(&health) as _, telemetry::worker::install()?);
+            let bound = before_work(serve)?;
+            status!("serving   http://{bound}/metrics  /healthz  /readyz");
+        }
         let stop = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&stop);
         std::thread::Builder::new().name("stop".into()).spawn(move || wait_for_signals(&flag))?;
@@ -115,10 +142,20 @@ impl Worker {
             name: format!("worker {name}"),
         };
         let nats = Nats::connect_within(&plan, self.patience, &stop)?;
-        let plan =
-            WorkerPlan { run: self.run, name, store, slots: self.slots, drain: self.drain, patience: self.patience };
+        let plan = WorkerPlan {
+            run: self.run,
+            name,
+            store,
+            slots: self.slots,
+            drain: self.drain,
+            patience: self.patience,
+            health: Arc::clone(&health),
+        };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.unwrap_or_else(cores).max(1)).build()?;
-        let summary = pool.install(|| work(&plan, &device, &nats, &nats, &stop))?;
+        let summary = pool.install(|| {
+            let observed = Observed::new(&nats, &health);
+            work(&plan, &device, &observed, &observed, &stop)
+        })?;
         status!(
             "worker    sampled {} groups, {} tokens; gave {} back unfinished",
             summary.groups,

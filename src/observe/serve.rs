@@ -4,6 +4,7 @@
 mod connections;
 mod hosts;
 mod page;
+mod probes;
 mod token;
 mod weights;
 
@@ -24,6 +25,7 @@ use crate::config::Serve;
 use crate::observe::monitor::Monitor;
 use crate::observe::telemetry;
 use hosts::Hosts;
+pub use probes::{Probes, serve_probes};
 pub use token::Token;
 
 /// Paths of the health probes. They require neither a token nor a known host name, so their responses contain no data

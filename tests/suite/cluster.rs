@@ -17,7 +17,7 @@ use preceptor::pipeline::cluster::protocol::{
 };
 use preceptor::pipeline::cluster::worker::Summary;
 use preceptor::pipeline::cluster::{
-    ClusterEngine, Coordinator, CoordinatorPlan, MemoryNotices, Nats, NatsPlan, Notices, StorePlan, WorkerPlan,
+    ClusterEngine, Coordinator, CoordinatorPlan, Health, MemoryNotices, Nats, NatsPlan, Notices, StorePlan, WorkerPlan,
     put_base, work,
 };
 use preceptor::pipeline::generate::Sampled;
@@ -285,10 +285,10 @@ impl Cluster {
     }
 
     fn worker(&self, name: &str) -> Worker {
-        self.worker_with(name, StorePlan::default())
+        self.worker_with(name, StorePlan::default(), Arc::default())
     }
 
-    pub(crate) fn worker_with(&self, name: &str, store: StorePlan) -> Worker {
+    pub(crate) fn worker_with(&self, name: &str, store: StorePlan, health: Arc<Health>) -> Worker {
         let (transport, notices) = (Arc::clone(&self.transport), Arc::clone(&self.notices));
         let stop = Arc::new(AtomicBool::new(false));
         let plan = WorkerPlan {
@@ -298,6 +298,7 @@ impl Cluster {
             slots: GROUP,
             drain: PATIENCE,
             patience: PATIENCE,
+            health,
         };
         let flag = Arc::clone(&stop);
         let run = move || work(&plan, &Device::Cpu, &*transport, &*notices, &flag);

@@ -440,6 +440,8 @@ const MODULES: &[(&str, &str, &[&str])] = &[
             "lm::source",
             "lm::tokens",
             "observe::progress",
+            "observe::serve",
+            "observe::telemetry",
             "observe::top",
             "pipeline::cluster",
             "pipeline::data",

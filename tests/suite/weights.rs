@@ -12,7 +12,7 @@ use preceptor::config::{WeightsPlace, parse};
 use preceptor::lm::model::Lora;
 use preceptor::observe::monitor::{Monitor, PublishedWeights};
 use preceptor::observe::serve::{Token, serve};
-use preceptor::pipeline::cluster::{BucketStore, MemoryNotices, StorePlan, StoreToken};
+use preceptor::pipeline::cluster::{BucketStore, Health, MemoryNotices, StorePlan, StoreToken};
 use preceptor::pipeline::served::FolderStore;
 use preceptor::util::bucket::Bucket;
 use preceptor_actors::transport::MemoryTransport;
@@ -147,7 +147,7 @@ fn a_download_that_breaks_off_continues_where_it_stopped() {
         _ => Reply::File,
     });
     let plan = StorePlan { place: server.place(), cache: Some(cache.path().into()), token: None };
-    let worker = cluster.worker_with("a", plan);
+    let worker = cluster.worker_with("a", plan, Arc::default());
     cluster.submit(0..2);
     assert_eq!(cluster.take(2), expected(&cluster.model, 0, 0..2));
     assert_eq!(server.ranges("model.safetensors"), [None, Some(1000), Some(1000), Some(1500)]);
@@ -176,7 +176,8 @@ fn a_worker_works_with_its_weights_while_newer_ones_cannot_be_fetched() {
         if *is_away.lock().unwrap() { Reply::Status(503) } else { Reply::File }
     });
     let plan = StorePlan { place: server.place(), cache: Some(cache.path().into()), token: None };
-    let worker = cluster.worker_with("a", plan);
+    let health = Arc::<Health>::default();
+    let worker = cluster.worker_with("a", plan, Arc::clone(&health));
     cluster.submit([0]);
     assert_eq!(cluster.take(1), expected(&cluster.model, 0, [0]));
     *away.lock().unwrap() = true;
@@ -186,6 +187,8 @@ fn a_worker_works_with_its_weights_while_newer_ones_cannot_be_fetched() {
     wait_until("the new version is asked for", || server.asked.lock().unwrap().len() > asked + 1);
     cluster.submit([1]);
     assert_eq!(cluster.take(1), expected(&cluster.model, 0, [1]));
+    let state = health.state();
+    assert!(state.version == Some(0) && !state.behind.is_zero(), "{state:?}");
     // Group 4 must begin with version 1.
     cluster.submit([4]);
     wait_until("the worker says why it waits", || {
@@ -218,7 +221,7 @@ fn a_damaged_download_is_never_used() {
         _ => Reply::File,
     });
     let plan = StorePlan { place: server.place(), cache: Some(cache.path().into()), token: None };
-    let worker = cluster.worker_with("a", plan);
+    let worker = cluster.worker_with("a", plan, Arc::default());
     cluster.submit(0..2);
     assert_eq!(cluster.take(2), expected(&cluster.model, 0, 0..2));
     assert_eq!(server.ranges("model.safetensors"), [None, None, Some(700)]);
@@ -233,7 +236,7 @@ fn a_server_that_refuses_a_worker_ends_it_with_the_remedy() {
     for (status, words) in [(401, "--token-env"), (421, "serve.hosts"), (302, "redirects to")] {
         let server = FileServer::start(cluster.dir.path().join("weights"), move |_, _| Reply::Status(status));
         let plan = StorePlan { place: server.place(), cache: Some(cache.path().into()), token: None };
-        let error = format!("{:#}", cluster.worker_with("a", plan).thread.join().unwrap().unwrap_err());
+        let error = format!("{:#}", cluster.worker_with("a", plan, Arc::default()).thread.join().unwrap().unwrap_err());
         assert!(error.contains(words) && error.contains("127.0.0.1"), "{error}");
     }
 }
@@ -297,10 +300,10 @@ fn a_node_serves_its_weights_to_workers_with_the_token() {
         token: token.map(|token| StoreToken::new(token.into())),
         cache: Some(cache.path().into()),
     };
-    let refused = cluster.worker_with("a", plan(Some("0123456789abcdeF"))).thread.join().unwrap();
+    let refused = cluster.worker_with("a", plan(Some("0123456789abcdeF")), Arc::default()).thread.join().unwrap();
     let error = format!("{:#}", refused.unwrap_err());
     assert!(error.contains("correct the token of --token-env") && !error.contains("0123456789"), "{error}");
-    let worker = cluster.worker_with("a", plan(Some(token)));
+    let worker = cluster.worker_with("a", plan(Some(token)), Arc::default());
     let (adapted, params) = cluster.model.adapted(&lora, 3).unwrap();
     for (_, var) in params.iter() {
         var.set(&(var.as_tensor().ones_like().unwrap() * 0.1).unwrap()).unwrap();
@@ -326,7 +329,7 @@ fn weights_travel_through_an_object_store_without_settings_of_the_worker() {
     let (transport, notices) = (Arc::new(MemoryTransport::default()), Arc::new(MemoryNotices::default()));
     let mut cluster = Cluster::with_store(dir, model, transport, notices, None, 1, (store, url));
     let plan = StorePlan { cache: Some(cache.path().into()), ..StorePlan::default() };
-    let worker = cluster.worker_with("a", plan);
+    let worker = cluster.worker_with("a", plan, Arc::default());
     cluster.submit(0..2);
     assert_eq!(cluster.take(2), expected(&cluster.model, 0, 0..2));
     let mut newest = cluster.model.clone();

@@ -18,6 +18,7 @@ use preceptor_actors::transport::{Lease, Transport, TransportError};
 
 use super::coordinator::{QueueNames, shut_out};
 use super::fetch::{StorePlan, WorkerStore};
+use super::health::Health;
 use super::notices::Notices;
 use super::protocol::{
     Answer, Done, OLDEST_PROTOCOL, PROTOCOL, Pulse, RUN, RunNotice, RunState, WEIGHTS, WeightsNotice, Work, decode,
@@ -27,6 +28,7 @@ use crate::config::{Choice, RolloutWeights};
 use crate::lm::model::{Decoder, Lora, ModelConfig, Weights};
 use crate::lm::source::ModelFiles;
 use crate::lm::tokens::Tokenizer;
+use crate::observe::telemetry::worker as telemetry;
 use crate::pipeline::generate::local::{LocalEngine, LocalPlan};
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::stage::RolloutEngine;
@@ -45,7 +47,7 @@ const PULL: Duration = Duration::from_millis(500);
 const STUCK: Duration = Duration::from_secs(120);
 
 /// Settings of a worker.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct WorkerPlan {
     /// Name of the run to work for.
     pub run: String,
@@ -59,6 +61,8 @@ pub struct WorkerPlan {
     pub drain: Duration,
     /// Time to wait for the run to be announced, after which the worker gives up.
     pub patience: Duration,
+    /// Health of the worker, for its probes.
+    pub health: Arc<Health>,
 }
 
 /// What a worker did.
@@ -92,6 +96,7 @@ pub fn work(
         let opened = WorkerStore::open(&plan.store, &plan.run, &notice.store, store.take())?;
         let looked = Cell::new(Instant::now());
         let is_over = || {
+            plan.health.progressed();
             let looks = looked.get().elapsed() > PULSE;
             if looks {
                 looked.set(Instant::now());
@@ -106,6 +111,7 @@ pub fn work(
         };
         let mut lineage = Lineage::open(plan, device, &notice, store, &base)?;
         let ended = lineage.work(transport, notices, stop);
+        plan.health.uses(None);
         total.groups += lineage.summary.groups;
         total.tokens += lineage.summary.tokens;
         total.given_back += lineage.summary.given_back;
@@ -134,6 +140,7 @@ fn wait_for_run(
 ) -> Result<Option<RunNotice>> {
     let (mut began, mut told) = (Instant::now(), false);
     while !stop.load(Ordering::SeqCst) {
+        plan.health.progressed();
         let found = match notices.get(&plan.run, RUN) {
             Ok(found) => found,
             Err(error) => {
@@ -318,6 +325,7 @@ impl<'a> Lineage<'a> {
         }
         for (_, lease) in lock(&self.leases.held).drain() {
             self.summary.given_back += 1;
+            telemetry::given_back();
             if let Err(error) = lease.give_back() {
                 tracing::debug!("work cannot be given back: {error}");
             }
@@ -333,6 +341,8 @@ impl<'a> Lineage<'a> {
         let mut drain = None::<Instant>;
         let mut results = Vec::new();
         loop {
+            let used = self.engine.as_ref().map_or(0, RolloutEngine::used);
+            self.plan.health.working([self.open.len(), self.held.len()], [used, self.plan.slots]);
             if drain.is_none() && stop.load(Ordering::SeqCst) {
                 status!("worker    finishes {} groups within {} s", self.open.len(), self.plan.drain.as_secs());
                 drain = Some(Instant::now());
@@ -410,6 +420,9 @@ impl<'a> Lineage<'a> {
         };
         let notice: WeightsNotice =
             serde_json::from_slice(&found).context("the notice of the weights cannot be read")?;
+        if notice.lineage == self.notice.lineage {
+            self.plan.health.announced(notice.version);
+        }
         let newest = self.cell.as_ref().map(|cell| cell.latest().version);
         if notice.lineage != self.notice.lineage || newest.is_some_and(|newest| notice.version <= newest) {
             return Ok(());
@@ -425,6 +438,7 @@ impl<'a> Lineage<'a> {
             Err(error) => return Err(error),
         };
         self.versions.insert(notice.version, notice.fingerprint);
+        self.plan.health.uses(Some(notice.version));
         match &self.cell {
             Some(cell) => cell.publish(notice.version, notice.fingerprint, Arc::new(model)),
             None => {
@@ -564,9 +578,12 @@ impl<'a> Lineage<'a> {
             match transport.offer(&self.names.results, &id, &body) {
                 Ok(_) => {
                     self.summary.groups += 1;
-                    self.completions += done.completions.len() as u64;
-                    self.summary.tokens += done.completions.iter().map(|answer| answer.ids.len() as u64).sum::<u64>();
+                    let completions = done.completions.len() as u64;
+                    let tokens = done.completions.iter().map(|answer| answer.ids.len() as u64).sum();
+                    self.completions += completions;
+                    self.summary.tokens += tokens;
                     self.bytes += body.len() as u64;
+                    telemetry::handed_over(completions, tokens, body.len() as u64);
                     if let Some(lease) = lock(&self.leases.held).remove(&done.seq)
                         && let Err(error) = lease.acknowledge()
                     {

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow};
 
 use super::super::protocol::WeightsNotice;
 use super::origin::{Failure, FailureKind, Origin};
+use crate::observe::telemetry::worker as telemetry;
 use crate::pipeline::served::{SUMS, listed, sha256, sha256_of_file, verify};
 use crate::status;
 use crate::util::disk;
@@ -212,6 +213,7 @@ impl Worker {
     }
 
     fn finished(&self, job: Job, took: Duration, bytes: u64) {
+        telemetry::downloaded(took);
         tracing::debug!("fetched {} in {:.1} s, {bytes} bytes", job.name, took.as_secs_f64());
         let mut state = lock(&self.shared.state);
         if state.trouble.take().is_some() {
@@ -231,6 +233,7 @@ impl Worker {
     fn failed(&self, job: &Job, failure: &Failure) {
         let why = format!("cannot fetch {}: {:#}", job.name, failure.why);
         tracing::debug!("{why}");
+        telemetry::download_failed();
         let mut state = lock(&self.shared.state);
         // A version that a newer one has replaced is not missed.
         if failure.kind == FailureKind::Unusable && state.wanted.as_ref() != Some(job) {
@@ -303,6 +306,7 @@ impl Worker {
             }
             let received = |bytes: u64| {
                 self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+                telemetry::received(bytes);
             };
             self.origin.append(&job.name, file, path, &received).await?;
             let found = sha256_of_file(path)?;
