@@ -60,7 +60,7 @@ else
     skip "YAML" "python3 has no yaml"
 fi
 
-for kind in base overlays/tls overlays/vllm; do
+for kind in base overlays/http overlays/tls overlays/vllm; do
     if ! has kubectl; then
         skip "kubernetes/$kind" "kubectl is missing"
         continue

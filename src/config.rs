@@ -12,6 +12,7 @@ mod labeling;
 mod learner;
 mod operation;
 mod overrides;
+mod place;
 pub mod reference;
 mod section;
 mod sections;
@@ -31,6 +32,7 @@ pub use learner::{AlgorithmKind, AverageKind, CorrectionKind, Learner, Schedule,
 pub use operation::{
     Checkpoint, Cluster, Control, Evaluation, Guard, GuardAction, Serve, Supervision, check_board, check_nats,
 };
+pub use place::WeightsPlace;
 pub use sections::{
     Data, EngineKind, LabelForm, LoraConfig, MatmulPrecision, Mode, Policy, PolicyModel, Reward, RewardModel,
     RewardScaling, Rollout, RolloutWeights, Run, Scratch, Sft, UpdateMode, WeightDtype,

@@ -1,5 +1,6 @@
 //! Files, processes, devices, networks and signals, and helpers that are independent of language models.
 
+pub mod bucket;
 pub mod device;
 pub mod disk;
 pub mod endpoint;

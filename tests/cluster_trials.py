@@ -13,6 +13,8 @@ PROGRAM is the program, WORK a folder for runs and logs. TRIAL is the name of a 
             a run that labels by itself
     account a broker with certificates and an account for the run (deploy/certificates.sh, deploy/account.sh): the run's node and
             worker get through; a worker may not act as the node, and a worker of another account sees no run
+    fetch   workers without a shared folder fetch weights, and a judge's, from the coordinator's HTTP server, through a proxy that breaks a third of
+            the downloads off, while the coordinator is killed three times
     links   three network namespaces (broker, coordinator, workers): a link that is cut for 25 s, then a link of 10 Mb/s; needs root
 
 Each trial checks from the journal that every group of every step was trained on exactly once, in order, that no token is staler
@@ -33,6 +35,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -53,7 +56,7 @@ ARGUMENTS.add_argument("--namespaces", action="store_true", help="`kills` in thr
 ARGUMENTS.add_argument("--alone", action="store_true", help="omits the undisturbed run of `kills`")
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, GROUP, NATS, JUDGE = 8, 8, 4377, 4378
+BATCH, GROUP, NATS, JUDGE, HTTP, PROXY = 8, 8, 4377, 4378, 4379, 4380
 # Longest time without a new step before a trial fails.
 PATIENCE = 240
 
@@ -109,11 +112,57 @@ class Judge:
         self.server.server_close()
 
 
+class Cutter:
+    """TCP proxy to the coordinator's HTTP server that closes a third of its connections in the middle of a response."""
+
+    def __init__(self, seed):
+        self.chance, self.lock = random.Random(seed), threading.Lock()
+        self.cut = self.ranges = 0
+        self.listener = socket.create_server(("127.0.0.1", PROXY))
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.pass_on, args=(client,), daemon=True).start()
+
+    def pass_on(self, client):
+        with self.lock:
+            left = self.chance.randrange(1, 400_000) if self.chance.random() < 1 / 3 else None
+        try:
+            with client, socket.create_connection(("127.0.0.1", HTTP)) as server:
+                request = b""
+                while b"\r\n\r\n" not in request:
+                    part = client.recv(1 << 16)
+                    if not part:
+                        return
+                    request += part
+                with self.lock:
+                    self.ranges += b"\r\nrange: bytes=" in request.lower()
+                server.sendall(request)
+                while part := server.recv(1 << 16):
+                    if left is not None and len(part) >= left:
+                        client.sendall(part[:left])
+                        with self.lock:
+                            self.cut += 1
+                        return
+                    client.sendall(part)
+                    left = left and left - len(part)
+        except OSError:
+            pass
+
+    def close(self):
+        self.listener.close()
+
+
 class Cluster:
     """Broker, coordinator and workers of one run."""
 
     def __init__(self, name, sets, spaces=None, away=("rollout.engine=workers",), broker=(), worker=()):
-        """`away` are the settings of what workers do, `broker` and `worker` further arguments of these processes."""
+        """`away` are the settings of what workers do; `broker` and `worker` further arguments of these processes."""
         self.worker = worker
         self.away = away
         self.dir = WORK / name
@@ -438,6 +487,30 @@ def account():
         cluster.close()
 
 
+def fetch():
+    cutter = Cutter(ARGS.seed)
+    options = ["--store", f"http://127.0.0.1:{PROXY}/weights", "--cache", str(fresh("cache"))]
+    sets = ["learner.eta=4", "run.steps=120", "checkpoint.every_steps=20", "serve.enabled=true", f"serve.listen=127.0.0.1:{HTTP}"]
+    cluster = Cluster("fetch", sets, away=("rollout.engine=workers", "labeler.engine=workers"), worker=options)
+    try:
+        for name in ["worker-1", "worker-2", "label-1", "coordinator"]:
+            cluster.start(name)
+        for step in [10, 45, 80]:
+            cluster.wait(lambda: cluster.steps() > step)
+            cluster.kill("coordinator")
+            time.sleep(2)
+            cluster.start("coordinator")
+        cluster.wait(cluster.ended)
+        cluster.leave()
+        groups, stale = check(cluster, 120, 4)
+        words = f"{len(groups)} groups, staleness at most {stale}; {cutter.cut} downloads broken off, {cutter.ranges} requests for the rest"
+        assert cutter.cut > 0 and cutter.ranges > 0, words
+        return words
+    finally:
+        cluster.close()
+        cutter.close()
+
+
 def ip(*words):
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
@@ -501,7 +574,9 @@ def links():
             cluster.close()
 
 
-TRIALS = {"plain": plain, "kills": kills, "pause": pause, "same": same, "label": label, "account": account, "links": links}
+TRIALS = {
+    "plain": plain, "kills": kills, "pause": pause, "same": same, "label": label, "account": account, "fetch": fetch, "links": links,
+}
 
 
 def main():

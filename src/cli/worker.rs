@@ -1,16 +1,19 @@
 //! `preceptor worker`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
 
-use crate::config::{check_board, check_nats};
+use crate::config::{WeightsPlace, check_board, check_nats};
+use crate::observe::serve::{Probes, serve_probes};
+use crate::observe::telemetry;
 use crate::pipeline::cluster::worker::host;
-use crate::pipeline::cluster::{Nats, NatsPlan, WorkerPlan, judge, work};
+use crate::pipeline::cluster::{Health, Nats, NatsPlan, Observed, StorePlan, StoreToken, WorkerPlan, judge, work};
 use crate::pipeline::generate::MAX_SLOTS;
 use crate::status;
 use crate::util::exit::{Ended, before_work};
@@ -28,8 +31,13 @@ enum Role {
 
 /// Arguments of `preceptor worker`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example, on a machine that sees the run's folder of weights as /mnt/weights:
-  preceptor worker --join nats://broker:4222 --run summaries --store /mnt/weights
+#[command(after_help = "Examples:
+  The node's folder of weights is mounted as /mnt/weights:
+    preceptor worker --join nats://broker:4222 --run summaries --store /mnt/weights
+  Weights come from the node, without a shared folder:
+    preceptor worker --join nats://broker:4222 --run summaries --store http://node:9464/weights --token-env PRECEPTOR_TOKEN
+  The run has cluster.store = \"s3://bucket/folder\":
+    AWS_ACCESS_KEY_ID=… AWS_SECRET_ACCESS_KEY=… preceptor worker --join nats://broker:4222 --run summaries
 
 A worker may join and leave at any moment, and any number of them may work for a run. SIGTERM and Ctrl-C let it finish its
 work within --drain; a second signal ends it at once, and its work goes to another worker after the run's cluster.lease_s.
@@ -49,9 +57,22 @@ pub struct Worker {
     /// name of the machine and the number of the process.
     #[arg(long, value_name = "NAME", value_parser = |name: &str| check_board(name).map(|()| name.to_owned()))]
     name: Option<String>,
-    /// Path of the run's folder of weights (cluster.store) on this machine, if it is not the node's.
+    /// Place of the run's weights, if it is not the one that the node names (cluster.store): a folder on this machine,
+    /// s3://bucket/folder, gs://bucket/folder, or the URL of a folder on an HTTP server, such as the node's own
+    /// (http://node:9464/weights).
+    #[arg(long, value_name = "DIR|URL", value_parser = WeightsPlace::parse)]
+    store: Option<WeightsPlace>,
+    /// Environment variable that holds the bearer token of the HTTP server in --store (serve.token_env of the node).
+    #[arg(long, value_name = "NAME", requires = "store")]
+    token_env: Option<String>,
+    /// Folder for weights that are fetched from an object store or an HTTP server. Each worker uses a folder of its own
+    /// below it. The default is `weights` in $PRECEPTOR_CACHE or ~/.cache/preceptor.
     #[arg(long, value_name = "DIR")]
-    store: Option<PathBuf>,
+    cache: Option<PathBuf>,
+    /// IP address and port of an HTTP server with /metrics, /healthz and /readyz, such as 127.0.0.1:9465. It shows numbers
+    /// only, and requires no token. Without this option the worker listens nowhere.
+    #[arg(long, value_name = "ADDR")]
+    metrics_listen: Option<SocketAddr>,
     /// Number of completions that are sampled concurrently, with --role rollout. On a CPU at most 64. The default is 32.
     #[arg(long)]
     slots: Option<usize>,
@@ -76,6 +97,20 @@ pub struct Worker {
     /// Key (PEM) of --tls-certificate.
     #[arg(long, value_name = "FILE", requires = "tls_certificate")]
     tls_key: Option<PathBuf>,
+}
+
+impl Probes for Health {
+    fn alive(&self) -> Result<(), String> {
+        Self::alive(self)
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        Self::ready(self)
+    }
+
+    fn measure(&self) {
+        telemetry::worker::state(&self.state());
+    }
 }
 
 /// Parses a duration such as 90, 90s or 2m.
@@ -106,7 +141,16 @@ impl Worker {
         let machine: String =
             host().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(80).collect();
         let name = self.name.unwrap_or_else(|| format!("{machine}-{}", std::process::id()));
+        let token = self.token_env.map(|name| std::env::var(&name).with_context(|| format!("{name} is not set")));
+        let token = before_work(|| token.transpose())?.map(StoreToken::new);
+        let store = StorePlan { place: self.store, token, cache: self.cache };
         let device = before_work(|| device::open(&self.device))?;
+        let health = Arc::<Health>::default();
+        if let Some(address) = self.metrics_listen {
+            let serve = || serve_probes(address, Arc::clone(&health) as _, telemetry::worker::install()?);
+            let bound = before_work(serve)?;
+            status!("serving   http://{bound}/metrics  /healthz  /readyz");
+        }
         let stop = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&stop);
         std::thread::Builder::new().name("stop".into()).spawn(move || wait_for_signals(&flag))?;
@@ -117,12 +161,20 @@ impl Worker {
             name: format!("worker {name}"),
         };
         let nats = Nats::connect_within(&plan, self.patience, &stop)?;
-        let plan =
-            WorkerPlan { run: self.run, name, store: self.store, slots, drain: self.drain, patience: self.patience };
+        let plan = WorkerPlan {
+            run: self.run,
+            name,
+            store,
+            slots,
+            drain: self.drain,
+            patience: self.patience,
+            health: Arc::clone(&health),
+        };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.unwrap_or_else(cores).max(1)).build()?;
+        let observed = Observed::new(&nats, &health);
         let (summary, done, kind) = match self.role {
-            Role::Rollout => (pool.install(|| work(&plan, &device, &nats, &nats, &stop))?, "sampled", "groups"),
-            Role::Label => (judge(&plan, &device, &pool, &nats, &nats, &stop)?, "answered", "questions"),
+            Role::Rollout => (pool.install(|| work(&plan, &device, &observed, &observed, &stop))?, "sampled", "groups"),
+            Role::Label => (judge(&plan, &device, &pool, &observed, &observed, &stop)?, "answered", "questions"),
         };
         status!(
             "worker    {done} {} {kind}, {} tokens; gave {} back unfinished",

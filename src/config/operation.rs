@@ -7,8 +7,10 @@ use std::path::PathBuf;
 use super::choice::choice;
 use super::key::{Reader, Spec, is, unset};
 use super::labeling::Methods;
+use super::place::check_store;
 use super::section::section;
 use super::sections::{MANY, WeightDtype, check_variable, count, pool};
+use crate::util::disk::expand_home;
 
 /// Returns the specification of a time in seconds, of up to about a year.
 fn seconds(default: f64) -> Spec<f64> {
@@ -163,8 +165,13 @@ section! {
         /// one name would take the workers from each other.
         [Changeable] run: Option<String> =
             unset("`run.name`").example("\"summaries\"").check(|name| name.as_deref().map_or(Ok(()), check_board)),
-        /// Folder for the weights, which all workers must be able to read: a file system that the machines share.
-        [Changeable] store: Option<PathBuf> = unset("`cluster` in the run's directory").example("\"/mnt/weights\""),
+        /// Place of the weights for the workers: a folder that their machines see, or `s3://bucket/folder`,
+        /// `gs://bucket/folder` or `file:///folder`, with credentials in the environment of the node and of each worker.
+        /// Workers that see neither read from the node's HTTP server (`preceptor worker --store
+        /// http://NODE:PORT/weights`), which needs no setting here.
+        [Changeable] store: Option<String> =
+            unset("the folder `cluster` in the run's directory").example("\"s3://bucket/summaries\"")
+                .check(|place| place.as_deref().map_or(Ok(()), check_store)).resolve(store),
         /// Maximum number of completions of a group that are one piece of work. By default a worker samples a whole group,
         /// and computes its prompt once. Many workers with long completions are used better with smaller pieces: a group
         /// is complete when its last completion is, and a worker that dies leaves less behind.
@@ -187,6 +194,11 @@ section! {
 
 fn check_part(part: &Option<usize>) -> Result<(), String> {
     if *part == Some(0) { Err("must be 1 at least".to_owned()) } else { Ok(()) }
+}
+
+/// Replaces a leading `~` of a folder's path by the home directory.
+fn store(place: Option<String>, _: &Path) -> Result<Option<String>, String> {
+    place.map(|place| Ok(expand_home(Path::new(&place))?.display().to_string())).transpose()
 }
 
 /// Checks the form of NATS addresses.

@@ -8,6 +8,7 @@ pub mod history;
 pub mod samples;
 mod window;
 
+use std::path::PathBuf;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -38,6 +39,17 @@ use window::{Observation, Window};
 /// Maximum number of reasons for masked groups that `/status` lists.
 const MAX_REASONS: usize = 5;
 
+/// The weights of a run as its HTTP server offers them to workers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublishedWeights {
+    /// Folder with a folder for each version.
+    pub folder: PathBuf,
+    /// Number of the run in the names of its versions.
+    pub run: u32,
+    /// Names of the folders of the models that do not change: the base model and the judges of workers.
+    pub models: Vec<String>,
+}
+
 /// The observable state of a node.
 pub struct Monitor {
     config: Config,
@@ -50,6 +62,7 @@ pub struct Monitor {
     ledger: OnceLock<SharedLedger>,
     servers: OnceLock<Arc<Fleet>>,
     workers: OnceLock<Arc<Coordinator>>,
+    published: OnceLock<PublishedWeights>,
     phase: Mutex<String>,
     last_step: Mutex<Value>,
     window: Mutex<Window>,
@@ -98,6 +111,7 @@ impl Monitor {
             ledger: OnceLock::new(),
             servers: OnceLock::new(),
             workers: OnceLock::new(),
+            published: OnceLock::new(),
             phase: Mutex::new("starting".into()),
             last_step: Mutex::new(Value::Null),
             window: Mutex::default(),
@@ -164,6 +178,17 @@ impl Monitor {
     pub fn set_workers(&self, coordinator: Arc<Coordinator>) {
         // An error means that it is set already.
         let _ = self.workers.set(coordinator);
+    }
+
+    /// Sets the weights that the HTTP server offers to workers. Later calls have no effect.
+    pub fn set_published_weights(&self, weights: PublishedWeights) {
+        // An error means that they are set already.
+        let _ = self.published.set(weights);
+    }
+
+    /// Returns the weights that the HTTP server offers to workers; `None` if there are none yet.
+    pub fn published_weights(&self) -> Option<PublishedWeights> {
+        self.published.get().cloned()
     }
 
     /// Returns the state of each server or worker that samples. Empty if this process samples.

@@ -1,9 +1,12 @@
-//! The node's HTTP server: the live page with its data, `/metrics`, `/healthz`, `/readyz`. Read-only: GET and HEAD.
+//! The node's HTTP server: the live page with its data, `/metrics`, `/healthz`, `/readyz`, and `/weights` for workers.
+//! Read-only: GET and HEAD.
 
 mod connections;
 mod hosts;
 mod page;
+mod probes;
 mod token;
+mod weights;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,6 +25,7 @@ use crate::config::Serve;
 use crate::observe::monitor::Monitor;
 use crate::observe::telemetry;
 use hosts::Hosts;
+pub use probes::{Probes, serve_probes};
 pub use token::Token;
 
 /// Paths of the health probes. They require neither a token nor a known host name, so their responses contain no data
@@ -76,6 +80,7 @@ fn router(monitor: Arc<Monitor>, token: Option<Token>, hosts: Hosts) -> Router {
         .route("/status", get(async |State(monitor): Node| Json(monitor.status())))
         .route("/history", get(async |State(monitor): Node| Json(monitor.history())))
         .route("/samples", get(async |State(monitor): Node| Json(monitor.samples())))
+        .route("/weights/{name}/{file}", get(weights::weights))
         .with_state(monitor);
     // The layer covers unknown paths too, so that a client without the token cannot tell which paths exist.
     let router = match token {

@@ -1,10 +1,11 @@
-//! The metrics that the node exports; [`catalogue`] lists them.
+//! The metrics that the node exports, and those of a worker ([`worker`]); [`catalogue`] lists them.
 //!
 //! Events are recorded when they occur, through the `metrics` facade. The state of stages, edges, weights and memory is
 //! sampled at scrape time by [`graph`], so that it is always current and seconds keep their fractions.
 
 pub mod catalogue;
 pub mod graph;
+pub mod worker;
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -95,14 +96,7 @@ pub fn run(info: &RunInfo<'_>) {
 /// # Errors
 /// If a recorder is already installed.
 pub fn install() -> Result<PrometheusHandle> {
-    let handle = PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("_duration_seconds".into()), BUCKETS)?
-        .set_buckets_for_metric(Matcher::Full("preceptor_token_staleness".into()), STALENESS_BUCKETS)?
-        .set_buckets_for_metric(Matcher::Full("preceptor_completion_tokens".into()), LENGTH_BUCKETS)?
-        .install_recorder()
-        .map_err(|error| anyhow!("cannot install the metrics recorder: {error}"))?;
-    catalogue::describe();
-    gauge!("preceptor_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    let handle = recorder()?;
     for name in [
         "preceptor_generated_tokens_total",
         "preceptor_prompt_tokens_total",
@@ -118,6 +112,19 @@ pub fn install() -> Result<PrometheusHandle> {
     ] {
         counter!(name).absolute(0);
     }
+    Ok(handle)
+}
+
+/// Installs the process-wide recorder, describes every metric, and sets the version of the program.
+fn recorder() -> Result<PrometheusHandle> {
+    let handle = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_duration_seconds".into()), BUCKETS)?
+        .set_buckets_for_metric(Matcher::Full("preceptor_token_staleness".into()), STALENESS_BUCKETS)?
+        .set_buckets_for_metric(Matcher::Full("preceptor_completion_tokens".into()), LENGTH_BUCKETS)?
+        .install_recorder()
+        .map_err(|error| anyhow!("cannot install the metrics recorder: {error}"))?;
+    catalogue::describe();
+    gauge!("preceptor_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     Ok(handle)
 }
 

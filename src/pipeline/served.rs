@@ -20,4 +20,6 @@ mod vllm;
 
 pub use engine::ServedEngine;
 pub use fleet::{Fleet, FleetPlan, ServerReport};
-pub use store::{Content, FolderStore, Stored, Tag, WeightStore, verify};
+pub use store::{
+    Content, FolderStore, SUMS, Stored, Tag, WeightStore, is_plain, listed, sha256, sha256_of_file, verify,
+};

@@ -411,7 +411,7 @@ impl Session {
         self.hand_over = HandOver::start(&self.config, &self.node, &dir).await?;
         if let Some(nats) = self.nats.take() {
             let log = self.group_log.clone();
-            self.workers = Some(Workers::start(&self.config, &self.node, nats, log, dir).await?);
+            self.workers = Some(Workers::start(&self.config, &self.node, &self.monitor, nats, log, dir).await?);
             if let Some(coordinator) = self.node.coordinator.get() {
                 self.monitor.set_workers(Arc::clone(coordinator));
             }

@@ -5,20 +5,23 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
+use candle_core::DType;
 use preceptor_actors::transport::TransportError;
 
 use super::supervise::run_interruptible;
-use crate::config::{Choice, Config, EngineKind};
+use crate::config::{Choice, Config, EngineKind, WeightsPlace};
+use crate::observe::monitor::{Monitor, PublishedWeights};
 use crate::pipeline::cluster::log::{GroupLog, Start};
 use crate::pipeline::cluster::protocol::{Bounds, LoraNotice, RunState, SamplingNotice};
-use crate::pipeline::cluster::{Coordinator, CoordinatorPlan, Nats, NatsPlan, put_base, put_judges};
-use crate::pipeline::served::FolderStore;
+use crate::pipeline::cluster::{BucketStore, Coordinator, CoordinatorPlan, Nats, NatsPlan, put_base, put_judges};
+use crate::pipeline::served::{FolderStore, WeightStore};
 use crate::pipeline::topology::learning::lora;
 use crate::pipeline::topology::{Node, admission, sampling};
 use crate::rl::ledger::SharedLedger;
 use crate::run::checkpoint::{CheckpointStore, store};
 use crate::status;
+use crate::util::bucket::Bucket;
 use crate::util::exit::refusal;
 use crate::util::seed;
 
@@ -113,35 +116,38 @@ fn run_name(config: &Config) -> &str {
 pub(super) struct Workers(Arc<Coordinator>);
 
 impl Workers {
-    /// Announces the run and the published weights of `node` at the broker, and begins to take results. `run` is the run's
-    /// directory.
+    /// Announces the run and the published weights of `node` at the broker, and begins to take results. The server of `monitor`
+    /// offers the weights from then on. `run` is the run's directory.
     ///
     /// # Errors
     /// If the weights cannot be stored, or the broker is not available.
     pub(super) async fn start(
         config: &Arc<Config>,
         node: &Arc<Node>,
+        monitor: &Arc<Monitor>,
         nats: Nats,
         log: Option<Arc<GroupLog>>,
         run: PathBuf,
     ) -> Result<Self> {
-        let (config, node) = (Arc::clone(config), Arc::clone(node));
+        let (config, node, monitor) = (Arc::clone(config), Arc::clone(node), Arc::clone(monitor));
         let start = move || -> Result<Arc<Coordinator>> {
             let (weights, name) = (&node.cell.latest().value, run_name(&config).to_owned());
-            let dir = config.cluster.store.clone().unwrap_or_else(|| run.join("cluster"));
-            let store = FolderStore::new(&dir, None, None, weights.dtype()).context("cluster.store")?;
+            let store = Store::open(&config, &run, weights.dtype())?;
             let samples = config.rollout.engine == EngineKind::Workers;
             let base = match samples {
-                true => put_base(&store, weights, &node.prepared.tokenizer, weights.lora().is_some())?,
+                true => put_base(&*store.writer, weights, &node.prepared.tokenizer, weights.lora().is_some())?,
                 false => Default::default(),
             };
             let judges = match &node.prepared.worker_judges {
-                Some(judges) => put_judges(judges, &store, config.policy.matmul_precision.word())?,
+                Some(judges) => put_judges(judges, &*store.writer, config.policy.matmul_precision.word())?,
                 None => Vec::new(),
             };
             let place = run.canonicalize().unwrap_or(run);
+            let tag = seed::text(&place.to_string_lossy()) as u32;
+            let models = judges.iter().map(|judge| judge.name.clone()).chain([base.0.clone()]).collect();
+            monitor.set_published_weights(PublishedWeights { folder: store.folder, run: tag, models });
             let plan = CoordinatorPlan {
-                tag: seed::text(&place.to_string_lossy()) as u32,
+                tag,
                 lineage: new_lineage(),
                 admission: admission(&config),
                 sampling: notice(&config, &node),
@@ -155,7 +161,7 @@ impl Workers {
                 slowest: config.cluster.slowest,
                 part: config.cluster.part.unwrap_or(config.rollout.group_size),
                 lease: Duration::from_secs_f64(config.cluster.lease_s),
-                store: store.seen_as().display().to_string(),
+                store: store.place.clone(),
                 base,
                 samples,
                 judges,
@@ -169,11 +175,20 @@ impl Workers {
                     plan.run
                 );
             }
-            let (nats, store) = (Arc::new(nats), Arc::new(store));
+            if config.serve.enabled && !config.serve.listen.ip().is_loopback() {
+                let token =
+                    config.serve.token_env.as_deref().map_or(String::new(), |name| format!(" --token-env {name}"));
+                status!(
+                    "workers   where {} cannot be read, add: --store http://NODE:{}/weights{token}",
+                    plan.store,
+                    config.serve.listen.port()
+                );
+            }
+            let nats = Arc::new(nats);
             let coordinator = retried(|| {
                 Coordinator::start(plan.clone(), Arc::clone(&nats) as _, Arc::clone(&nats) as _, log.clone())
             })?;
-            retried(|| coordinator.open(&node.cell, Arc::clone(&store) as _))?;
+            retried(|| coordinator.open(&node.cell, Arc::clone(&store.writer)))?;
             if let Some(judges) = &node.prepared.worker_judges {
                 retried(|| coordinator.open_judges(&judges.pool))?;
             }
@@ -194,6 +209,40 @@ impl Workers {
 impl Drop for Workers {
     fn drop(&mut self) {
         self.0.stop(RunState::Paused);
+    }
+}
+
+/// Store of the weights for workers.
+struct Store {
+    writer: Arc<dyn WeightStore>,
+    /// Folder of this machine to which weights are written.
+    folder: PathBuf,
+    /// The store as workers may see it.
+    place: String,
+}
+
+impl Store {
+    /// Opens the store that `cluster.store` names. The weights are written to a folder in any case: an object store gets
+    /// copies of those in the directory `run`.
+    fn open(config: &Config, run: &Path, dtype: DType) -> Result<Self> {
+        const SETTING: &str = "cluster.store";
+        let place = config.cluster.store.as_deref().map(WeightsPlace::parse).transpose().map_err(|why| anyhow!(why))?;
+        let folder = match &place {
+            Some(WeightsPlace::Folder(folder)) => folder.clone(),
+            _ => run.join("cluster"),
+        };
+        let local = FolderStore::new(&folder, None, None, dtype).context(SETTING)?;
+        let folder = local.folder().to_owned();
+        Ok(match place {
+            Some(WeightsPlace::Bucket(url)) => {
+                let writer = Arc::new(BucketStore::new(local, Bucket::open(&url, SETTING)?));
+                Self { writer, folder, place: url }
+            }
+            _ => {
+                let place = local.seen_as().display().to_string();
+                Self { writer: Arc::new(local), folder, place }
+            }
+        })
     }
 }
 

@@ -13,17 +13,18 @@ use preceptor::lm::model::{Decoder, Lora, Weights};
 use preceptor::lm::tokens::Tokenizer;
 use preceptor::pipeline::cluster::coordinator::QueueNames;
 use preceptor::pipeline::cluster::protocol::{
-    Bounds, Done, LoraNotice, RunState, SamplingNotice, Work, decode, encode,
+    Bounds, Done, LoraNotice, RunNotice, RunState, SamplingNotice, Work, decode, encode,
 };
 use preceptor::pipeline::cluster::worker::Summary;
 use preceptor::pipeline::cluster::{
-    ClusterEngine, Coordinator, CoordinatorPlan, MemoryNotices, Nats, NatsPlan, Notices, WorkerPlan, put_base, work,
+    ClusterEngine, Coordinator, CoordinatorPlan, Health, MemoryNotices, Nats, NatsPlan, Notices, StorePlan, WorkerPlan,
+    put_base, work,
 };
 use preceptor::pipeline::generate::Sampled;
 use preceptor::pipeline::generate::local::{LocalEngine, LocalPlan};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::stage::RolloutEngine;
-use preceptor::pipeline::served::FolderStore;
+use preceptor::pipeline::served::{FolderStore, WeightStore};
 use preceptor::types::Prompt;
 use preceptor_actors::transport::{Depth, Lease, MemoryTransport, Offered, QueueLimits, Transport, TransportError};
 use preceptor_actors::{Admission, SnapshotCell};
@@ -181,29 +182,29 @@ fn nats_follows_the_rules_of_a_transport() {
 }
 
 /// Number of completions of a group.
-const GROUP: usize = 3;
+pub(crate) const GROUP: usize = 3;
 /// Number of concurrent completions whose kernels are used. An engine of [`GROUP`] slots would use others.
 const KERNELS_FOR: usize = 32;
 
 /// A run with a coordinator and its workers.
-struct Cluster {
-    dir: tempfile::TempDir,
-    model: Decoder,
+pub(crate) struct Cluster {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) model: Decoder,
     transport: Arc<dyn Transport>,
-    notices: Arc<dyn Notices>,
+    pub(crate) notices: Arc<dyn Notices>,
     cell: Arc<SnapshotCell<Decoder>>,
-    coordinator: Arc<Coordinator>,
+    pub(crate) coordinator: Arc<Coordinator>,
     engine: ClusterEngine,
 }
 
 /// A worker on a thread.
-struct Worker {
+pub(crate) struct Worker {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<anyhow::Result<Summary>>,
+    pub(crate) thread: JoinHandle<anyhow::Result<Summary>>,
 }
 
 impl Worker {
-    fn end(self) -> anyhow::Result<Summary> {
+    pub(crate) fn end(self) -> anyhow::Result<Summary> {
         self.stop.store(true, Ordering::SeqCst);
         self.thread.join().unwrap()
     }
@@ -221,7 +222,7 @@ fn sampling() -> Sampling {
 }
 
 impl Cluster {
-    fn start(transport: Arc<dyn Transport>, notices: Arc<dyn Notices>, lora: Option<&Lora>) -> Self {
+    pub(crate) fn start(transport: Arc<dyn Transport>, notices: Arc<dyn Notices>, lora: Option<&Lora>) -> Self {
         Self::start_in_parts(transport, notices, lora, GROUP)
     }
 
@@ -245,9 +246,21 @@ impl Cluster {
         lineage: u64,
         part: usize,
     ) -> Self {
-        let tokenizer = Tokenizer::bytes();
         let store = FolderStore::new(&dir.path().join("weights"), None, None, DType::F32).unwrap();
-        let base = put_base(&store, &model, &tokenizer, lora.is_some()).unwrap();
+        let place = store.seen_as().display().to_string();
+        Self::with_store((dir, model), (transport, notices), lora, (lineage, part), (Arc::new(store), place))
+    }
+
+    /// Starts a run whose weights are in a store that is announced as the given place, with up to `part` completions in a
+    /// piece of work.
+    pub(crate) fn with_store(
+        (dir, model): (tempfile::TempDir, Decoder),
+        (transport, notices): (Arc<dyn Transport>, Arc<dyn Notices>),
+        lora: Option<&Lora>,
+        (lineage, part): (u64, usize),
+        (store, place): (Arc<dyn WeightStore>, String),
+    ) -> Self {
+        let base = put_base(&*store, &model, &Tokenizer::bytes(), lora.is_some()).unwrap();
         let own = sampling();
         let plan = CoordinatorPlan {
             run: "test".into(),
@@ -274,7 +287,7 @@ impl Cluster {
             part,
             slowest: 3.0,
             lease: LEASE,
-            store: store.seen_as().display().to_string(),
+            store: place,
             base,
             samples: true,
             judges: Vec::new(),
@@ -282,37 +295,48 @@ impl Cluster {
         let coordinator = Coordinator::start(plan, Arc::clone(&transport), Arc::clone(&notices), None).unwrap();
         let fingerprint = model.weights().fingerprint().unwrap();
         let cell = Arc::new(SnapshotCell::new(0, fingerprint, Arc::new(model.clone())));
-        coordinator.open(&cell, Arc::new(store)).unwrap();
+        coordinator.open(&cell, store).unwrap();
         let engine = ClusterEngine::new(Arc::clone(&coordinator), 64, false);
         Self { dir, model, transport, notices, cell, coordinator, engine }
     }
 
     fn worker(&self, name: &str) -> Worker {
+        self.worker_with(name, StorePlan::default(), Arc::default())
+    }
+
+    pub(crate) fn worker_with(&self, name: &str, store: StorePlan, health: Arc<Health>) -> Worker {
         let (transport, notices) = (Arc::clone(&self.transport), Arc::clone(&self.notices));
         let stop = Arc::new(AtomicBool::new(false));
         let plan = WorkerPlan {
             run: "test".into(),
             name: name.into(),
-            store: None,
+            store,
             slots: GROUP,
             drain: PATIENCE,
             patience: PATIENCE,
+            health,
         };
         let flag = Arc::clone(&stop);
         let run = move || work(&plan, &Device::Cpu, &*transport, &*notices, &flag);
         Worker { stop, thread: std::thread::spawn(run) }
     }
 
-    fn publish(&self, version: u64, model: &Decoder) {
+    pub(crate) fn publish(&self, version: u64, model: &Decoder) {
         self.cell.publish(version, model.weights().fingerprint().unwrap(), Arc::new(model.clone()));
     }
 
-    fn submit(&mut self, seqs: impl IntoIterator<Item = u64>) {
+    pub(crate) fn submit(&mut self, seqs: impl IntoIterator<Item = u64>) {
         seqs.into_iter().for_each(|seq| self.engine.submit(&prompt(seq), seeds(seq)).unwrap());
     }
 
+    /// Returns the name of the base model's folder.
+    pub(crate) fn coordinator_base(&self) -> String {
+        let notice = self.notices.get("test", "run").unwrap().unwrap();
+        serde_json::from_slice::<RunNotice>(&notice).unwrap().base
+    }
+
     /// Waits for `count` groups, and records them.
-    fn take(&mut self, count: usize) -> BTreeMap<u64, Vec<Sampled>> {
+    pub(crate) fn take(&mut self, count: usize) -> BTreeMap<u64, Vec<Sampled>> {
         let (mut all, began) = (BTreeMap::new(), Instant::now());
         while all.len() < count {
             assert!(
@@ -356,7 +380,11 @@ fn seeds(seq: u64) -> Vec<u64> {
 }
 
 /// Samples the groups in this process, one after another, with one version of the weights.
-fn expected(model: &Decoder, version: u64, seqs: impl IntoIterator<Item = u64>) -> BTreeMap<u64, Vec<Sampled>> {
+pub(crate) fn expected(
+    model: &Decoder,
+    version: u64,
+    seqs: impl IntoIterator<Item = u64>,
+) -> BTreeMap<u64, Vec<Sampled>> {
     let fingerprint = model.weights().fingerprint().unwrap();
     let cell = Arc::new(SnapshotCell::new(version, fingerprint, Arc::new(model.clone())));
     let plan = LocalPlan { slots: GROUP, kernels_for: KERNELS_FOR, in_flight: true, format: None, device: Device::Cpu };
@@ -372,7 +400,7 @@ fn expected(model: &Decoder, version: u64, seqs: impl IntoIterator<Item = u64>) 
 }
 
 /// Returns the model with other weights.
-fn changed(model: &Decoder) -> Decoder {
+pub(crate) fn changed(model: &Decoder) -> Decoder {
     let change = |tensor: &Tensor| tensor.affine(1.02, 0.001).unwrap();
     let weights = Weights(model.weights().0.iter().map(|(name, tensor)| (name.clone(), change(tensor))).collect());
     Decoder::new(model.config(), &weights).unwrap()

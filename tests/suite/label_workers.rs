@@ -13,7 +13,7 @@ use preceptor::pipeline::cluster::coordinator::QueueNames;
 use preceptor::pipeline::cluster::protocol::{Bounds, LabelDone, LabelWork, RunState, SamplingNotice, decode, encode};
 use preceptor::pipeline::cluster::worker::Summary;
 use preceptor::pipeline::cluster::{
-    Coordinator, CoordinatorPlan, MemoryNotices, Notices, WorkerPlan, judge, put_judges, work,
+    Coordinator, CoordinatorPlan, MemoryNotices, Notices, StorePlan, WorkerPlan, judge, put_judges, work,
 };
 use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, NoAnswer, Usage};
 use preceptor::pipeline::label::embedding::{Embedding, Encoder};
@@ -95,7 +95,8 @@ impl Run {
 
     fn plan(name: &str) -> WorkerPlan {
         let (run, name) = ("test".into(), name.into());
-        WorkerPlan { run, name, store: None, slots: 8, drain: PATIENCE, patience: PATIENCE }
+        let (store, health) = (StorePlan::default(), Arc::default());
+        WorkerPlan { run, name, store, slots: 8, drain: PATIENCE, patience: PATIENCE, health }
     }
 
     fn worker(&self, name: &str) -> Worker {

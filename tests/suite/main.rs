@@ -43,4 +43,5 @@ mod trust;
 mod tune;
 mod verified;
 mod watching;
+mod weights;
 mod zoo;

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -30,6 +30,11 @@ impl Node {
         if let Some(token) = token {
             command.args(["--set", "serve.token_env=NODE_TOKEN"]).env("NODE_TOKEN", token);
         }
+        Self::spawn(command)
+    }
+
+    /// Starts a program that says on standard error where it serves.
+    fn spawn(mut command: Command) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let stderr = child.stderr.take().unwrap();
         let (sender, lines) = sync_channel(1 << 16);
@@ -142,6 +147,33 @@ fn all_exported_metrics_are_in_the_catalogue_and_named_by_convention() {
     names.sort_unstable();
     names.dedup();
     assert_eq!(names.len(), count, "a name occurs twice");
+}
+
+#[test]
+fn a_worker_serves_probes_and_catalogued_metrics() {
+    let dir = tempfile::tempdir().unwrap();
+    let worker = |address: &str| {
+        let mut command = preceptor(dir.path());
+        // Nothing listens there, so the worker waits for the broker.
+        command.args(["worker", "--join", "nats://127.0.0.1:1", "--run", "r", "--metrics-listen", address]);
+        command
+    };
+    let waiting = Node::spawn(worker("127.0.0.1:0"));
+    let (head, body) = waiting.get("/healthz", None);
+    assert!(head.starts_with("HTTP/1.1 200") && body == "ok\n", "{head}{body}");
+    let (head, body) = waiting.get("/readyz", None);
+    assert!(head.starts_with("HTTP/1.1 503") && body.contains("waits for the broker"), "{head}{body}");
+    let (head, text) = waiting.get("/metrics", None);
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    assert!(catalogued(&text) > 12, "{text}");
+    for line in ["preceptor_worker_process_results_total 0", "preceptor_worker_process_broker_ok 0"] {
+        assert!(text.lines().any(|known| known == line), "{line} is missing: {text}");
+    }
+    assert!(!text.contains("preceptor_trained_tokens_total"), "a worker has no metrics of a node: {text}");
+    assert!(waiting.get("/status", None).0.starts_with("HTTP/1.1 404"));
+    let second = worker(&waiting.address).output().unwrap();
+    assert_eq!(second.status.code(), Some(1), "another time the port may be free");
+    assert!(stderr(&second).contains("give --metrics-listen a free port"), "{}", stderr(&second));
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::Request;
@@ -24,7 +24,8 @@ use crate::util::process::descriptors;
 /// Timeout for a client to send the head of its request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Timeout of a connection, which carries one request, from its first byte to its last.
+/// Timeout of a connection, which carries one request, from its first byte to its last; for a long response, from one part of
+/// it to the next.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Maximum size of the head of a request in bytes.
@@ -65,9 +66,9 @@ pub(super) async fn accept(listener: TcpListener, router: Router, most: usize) {
         let (connection, router) = (open.enter(), router.clone());
         tokio::spawn(async move {
             tokio::select! {
-                () = answer(stream, router, &connection.state.requested) => {}
+                () = answer(stream, router, &connection.state) => {}
                 () = connection.state.close.notified() => {}
-                () = tokio::time::sleep(CONNECTION_TIMEOUT) => {}
+                () = expiry(&connection.state) => {}
             }
             drop(connection);
             drop(permit);
@@ -75,10 +76,23 @@ pub(super) async fn accept(listener: TcpListener, router: Router, most: usize) {
     }
 }
 
+/// Waits until a connection has reached its timeout.
+async fn expiry(state: &State) {
+    let mut deadline = Instant::now() + CONNECTION_TIMEOUT;
+    loop {
+        tokio::time::sleep_until(deadline.into()).await;
+        match state.later(deadline) {
+            Some(later) => deadline = later,
+            None => return,
+        }
+    }
+}
+
 /// Reads one request of `stream` and answers it.
-async fn answer(stream: TcpStream, router: Router, requested: &AtomicBool) {
-    let service = service_fn(|request: Request<Incoming>| {
-        requested.store(true, Ordering::Relaxed);
+async fn answer(stream: TcpStream, router: Router, state: &Arc<State>) {
+    let service = service_fn(|mut request: Request<Incoming>| {
+        state.requested.store(true, Ordering::Relaxed);
+        request.extensions_mut().insert(Progress(Arc::clone(state)));
         let mut router = router.clone();
         async move { router.call(request).await }
     });
@@ -106,6 +120,26 @@ struct State {
     /// True once the connection has been asked to close.
     closing: AtomicBool,
     close: Notify,
+    /// Time at which the last part of a long response was sent; `None` for other responses.
+    progress: Mutex<Option<Instant>>,
+}
+
+impl State {
+    /// Returns the time until which the connection may stay open after `deadline`, if its response has made progress.
+    fn later(&self, deadline: Instant) -> Option<Instant> {
+        lock(&self.progress).map(|at| at + CONNECTION_TIMEOUT).filter(|later| *later > deadline)
+    }
+}
+
+/// Handle by which a long response keeps its connection open. It is an extension of each request.
+#[derive(Clone)]
+pub(super) struct Progress(Arc<State>);
+
+impl Progress {
+    /// Notes that a part of the response was sent.
+    pub(super) fn made(&self) {
+        *lock(&self.0.progress) = Some(Instant::now());
+    }
 }
 
 /// Registration of an open connection, which is removed on drop.
@@ -145,6 +179,19 @@ impl Drop for Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_connection_stays_open_while_a_long_response_makes_progress() {
+        let open = Arc::new(Open::default());
+        let connection = open.enter();
+        let began = Instant::now();
+        let deadline = began + CONNECTION_TIMEOUT;
+        assert_eq!(connection.state.later(deadline), None, "a response without parts has the timeout of a connection");
+        *lock(&connection.state.progress) = Some(began + Duration::from_secs(20));
+        let later = connection.state.later(deadline).unwrap();
+        assert_eq!(later, began + Duration::from_secs(20) + CONNECTION_TIMEOUT);
+        assert_eq!(connection.state.later(later), None, "nothing was sent since");
+    }
 
     #[test]
     fn the_oldest_connection_without_a_request_is_evicted_first() {

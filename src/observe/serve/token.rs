@@ -38,7 +38,8 @@ impl Token {
         Ok(Some(Self::new(token)))
     }
 
-    fn new(token: &str) -> Self {
+    /// Takes the token `token`.
+    pub fn new(token: &str) -> Self {
         Self(Sha256::digest(token.as_bytes()).into())
     }
 

@@ -294,6 +294,79 @@ pub const METRICS: &[(&str, &[Metric])] = &[
         ],
     ),
     (
+        "A worker's own endpoint",
+        &[
+            metric(
+                Counter,
+                "preceptor_worker_process_results_total",
+                &[],
+                "Results that this worker has handed over, one for each group",
+            ),
+            metric(
+                Counter,
+                "preceptor_worker_process_completions_total",
+                &[],
+                "Completions in the results of this worker",
+            ),
+            metric(Counter, "preceptor_worker_process_tokens_total", &[], "Tokens in the results of this worker"),
+            metric(Counter, "preceptor_worker_process_result_bytes_total", &[], "Bytes of the results of this worker"),
+            metric(
+                Counter,
+                "preceptor_worker_process_given_back_total",
+                &[],
+                "Groups that this worker gave back unfinished",
+            ),
+            metric(
+                Gauge,
+                "preceptor_worker_process_version",
+                &[],
+                "Version of the weights with which this worker samples",
+            ),
+            metric(
+                Gauge,
+                "preceptor_worker_process_behind_seconds",
+                &[],
+                "Time since a newer version of the weights was announced than this worker samples with; 0 if none was",
+            ),
+            metric(
+                Gauge,
+                "preceptor_worker_process_groups",
+                &["state"],
+                "Groups of this worker: sampling, or waiting for newer weights",
+            ),
+            metric(
+                Gauge,
+                "preceptor_worker_process_slots",
+                &["state"],
+                "Slots of this worker for completions: used or free",
+            ),
+            metric(
+                Gauge,
+                "preceptor_worker_process_broker_ok",
+                &[],
+                "1 if the NATS server answers this worker, 0 if not",
+            ),
+            metric(
+                Counter,
+                "preceptor_worker_process_download_bytes_total",
+                &[],
+                "Bytes of weights that this worker has received from an object store or an HTTP server",
+            ),
+            metric(
+                Histogram,
+                "preceptor_worker_process_download_duration_seconds",
+                &[],
+                "Time of a download of weights, from its start or its last interruption",
+            ),
+            metric(
+                Counter,
+                "preceptor_worker_process_download_failures_total",
+                &[],
+                "Downloads of weights that failed or were interrupted; each is tried again",
+            ),
+        ],
+    ),
+    (
         "Generation",
         &[
             metric(Counter, "preceptor_generated_tokens_total", &[], "Tokens sampled by the rollout actors"),
@@ -645,7 +718,7 @@ pub(super) fn describe() {
 /// Returns the reference page `grafana/METRICS.md`, in Markdown.
 pub fn reference() -> String {
     let mut page = String::from(
-        "# Metrics\n\nThis page lists the metrics that a node exports at `/metrics`, in Prometheus' format. It is generated from \
+        "# Metrics\n\nThis page lists the metrics that a node exports at `/metrics`, in Prometheus' format, and those of a worker with `--metrics-listen`. It is generated from \
          the table in `src/observe/telemetry/catalogue.rs`; \
          `PRECEPTOR_WRITE=1 cargo test --release --test suite metrics_reference` regenerates it.\n",
     );

@@ -28,7 +28,7 @@ use crate::lm::model::{Decoder, export};
 use crate::lm::tokens::Tokenizer;
 use crate::observe::telemetry;
 use crate::pipeline::generate::Sampled;
-use crate::pipeline::served::{Content, FolderStore, Tag, WeightStore};
+use crate::pipeline::served::{Content, Tag, WeightStore};
 use crate::status;
 use crate::util::mutex::lock;
 
@@ -67,7 +67,7 @@ pub struct CoordinatorPlan {
     pub lease: Duration,
     /// A worker whose time per token is more than this multiple of the median takes no work; 0 lets all work.
     pub slowest: f64,
-    /// Path of the store of weights.
+    /// Store of weights as workers may see it: the path of a folder, or a URL.
     pub store: String,
     /// Folder below the store with the model's configuration and tokenizer, and the SHA-256 of its list of checksums.
     pub base: (String, String),
@@ -116,7 +116,7 @@ impl QueueNames {
 /// # Errors
 /// If the folder cannot be written completely.
 pub fn put_base(
-    store: &FolderStore,
+    store: &dyn WeightStore,
     model: &Decoder,
     tokenizer: &Tokenizer,
     with_weights: bool,
@@ -194,6 +194,8 @@ pub struct Coordinator {
     arrivals: (Sender<Arrived>, Receiver<Arrived>),
     stopped: AtomicBool,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Store of the weights while the threads run.
+    store: Mutex<Option<Arc<dyn WeightStore>>>,
     /// Last failure of the transport, while it lasts.
     outage: Mutex<Option<String>>,
 }
@@ -247,6 +249,7 @@ impl Coordinator {
             arrivals: bounded(4 * MOST),
             stopped: AtomicBool::new(false),
             threads: Mutex::default(),
+            store: Mutex::default(),
             outage: Mutex::default(),
         }))
     }
@@ -260,6 +263,7 @@ impl Coordinator {
         if self.plan.samples {
             self.announce(&cell.latest(), &*store)?;
         }
+        *lock(&self.store) = Some(Arc::clone(&store));
         self.notice(RunState::Open)?;
         telemetry::broker(true);
         let coordinator = Arc::clone(self);
@@ -277,6 +281,9 @@ impl Coordinator {
                 };
                 // A version that cannot be announced now is announced later, unless a newer one replaces it.
                 while let Err(error) = coordinator.announce(&snapshot, &*store) {
+                    if coordinator.stopped.load(Ordering::SeqCst) {
+                        return;
+                    }
                     coordinator.failed(&format!("cannot announce version {}: {error:#}", snapshot.version));
                     std::thread::sleep(PULL);
                     if coordinator.stopped.load(Ordering::SeqCst) {
@@ -341,6 +348,9 @@ impl Coordinator {
     /// Ends the threads and tells workers that the run has ended, or that they are to wait for its next coordinator.
     pub fn stop(&self, state: RunState) {
         self.stopped.store(true, Ordering::SeqCst);
+        if let Some(store) = lock(&self.store).take() {
+            store.cancel();
+        }
         let threads = std::mem::take(&mut *lock(&self.threads));
         if threads.is_empty() {
             // It was never open, or has stopped.

@@ -8,7 +8,7 @@ use candle_core::DType;
 use super::protocol::JudgeNotice;
 use crate::lm::model::export;
 use crate::pipeline::label::workers::{JudgeWeights, UnplacedJudge, WorkerJudges};
-use crate::pipeline::served::FolderStore;
+use crate::pipeline::served::WeightStore;
 use crate::util::seed::{self, mix};
 
 /// Puts the weights of `judges` into `store`, frees them here, and returns what workers must know of them.
@@ -16,11 +16,11 @@ use crate::util::seed::{self, mix};
 ///
 /// # Errors
 /// If a folder cannot be written completely.
-pub fn put_judges(judges: &WorkerJudges, store: &FolderStore, matmul_precision: &str) -> Result<Vec<JudgeNotice>> {
+pub fn put_judges(judges: &WorkerJudges, store: &dyn WeightStore, matmul_precision: &str) -> Result<Vec<JudgeNotice>> {
     judges.take().into_iter().map(|judge| put(judge, store, matmul_precision)).collect()
 }
 
-fn put(unplaced: UnplacedJudge, store: &FolderStore, matmul_precision: &str) -> Result<JudgeNotice> {
+fn put(unplaced: UnplacedJudge, store: &dyn WeightStore, matmul_precision: &str) -> Result<JudgeNotice> {
     let (name, fingerprint, dtype, sha256) = match &unplaced.weights {
         JudgeWeights::Language(judge) => {
             let (model, tokenizer) = (&judge.model, &judge.tokenizer);

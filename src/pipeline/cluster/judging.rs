@@ -12,6 +12,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 use preceptor_actors::transport::{Lease, Transport, TransportError};
 
 use super::coordinator::QueueNames;
+use super::fetch::WorkerStore;
 use super::notices::Notices;
 use super::protocol::{JudgeNotice, LabelDone, LabelWork, Pulse, RunNotice, decode, encode};
 use super::roster::LABEL;
@@ -22,6 +23,7 @@ use crate::lm::model::{Embedder, LoadTarget};
 use crate::lm::precision;
 use crate::lm::source::{Candidate, ModelRef};
 use crate::lm::tokens::chat::Variables;
+use crate::observe::telemetry::worker as telemetry;
 use crate::pipeline::label::backend::{Backend, Usage};
 use crate::pipeline::label::likelihood::TokenJudge;
 use crate::pipeline::label::local::{Judge, Local};
@@ -46,9 +48,9 @@ pub fn judge(
     stop: &AtomicBool,
 ) -> Result<Summary> {
     let mut total = Summary::default();
-    let mut left = None;
+    let (mut left, mut store) = (None, None);
     let mut loaded = HashMap::new();
-    loop {
+    'lineages: loop {
         let Some(notice) = wait_for_run(plan, notices, stop, left)? else { return Ok(total) };
         ensure!(
             !notice.judges.is_empty(),
@@ -56,19 +58,27 @@ pub fn judge(
             plan.run
         );
         status!("worker    {} labels for {}, lineage {:016x}", plan.name, plan.run, notice.lineage);
+        let opened = WorkerStore::open(&plan.store, &plan.run, &notice.store, store.take())?;
+        let store = store.insert(opened);
         for judge in &notice.judges {
-            if !loaded.contains_key(&judge.name) {
-                let dir = folder(plan, &notice, &judge.name, &judge.sha256)?;
-                let model = pool.install(|| Model::load(&dir, judge, device));
-                let model = model.with_context(|| format!("the judge {} cannot be used", judge.name))?;
-                loaded.insert(judge.name.clone(), Arc::new(model));
+            if loaded.contains_key(&judge.name) {
+                continue;
             }
+            let Some(dir) = folder(plan, store, &notice, (&judge.name, &judge.sha256), notices, stop)? else {
+                left = Some(notice.lineage);
+                continue 'lineages;
+            };
+            let model = pool.install(|| Model::load(&dir, judge, device));
+            let model = model.with_context(|| format!("the judge {} cannot be used", judge.name))?;
+            loaded.insert(judge.name.clone(), Arc::new(model));
         }
         let names = QueueNames::of(&plan.run, notice.lineage);
         let lease = Duration::from_millis(notice.lease_ms);
         let mut lineage =
             Lineage { plan, notice, names, lease, judges: &loaded, pool, total: &mut total, under_way: None };
-        let ended = lineage.work(transport, notices, stop)?;
+        let ended = lineage.work(transport, notices, stop);
+        plan.health.uses(None);
+        let ended = ended?;
         if matches!(ended, Ended::Stopped) {
             lineage.pulse(notices, true)?;
             return Ok(total);
@@ -173,6 +183,10 @@ impl Lineage<'_> {
     fn work(&mut self, transport: &dyn Transport, notices: &dyn Notices, stop: &AtomicBool) -> Result<Ended> {
         let (mut pulsed, mut drain) = (None::<Instant>, None::<Instant>);
         loop {
+            let used = usize::from(self.under_way.is_some());
+            self.plan.health.working([used, 0], [used, 1]);
+            // A judge's weights have no versions.
+            self.plan.health.uses(Some(0));
             if drain.is_none() && stop.load(Ordering::SeqCst) {
                 drain = Some(Instant::now());
             }
@@ -281,13 +295,15 @@ impl Lineage<'_> {
         let Some(UnderWay { lease, done: Some(done), .. }) = self.under_way.take() else { return };
         self.total.groups += 1;
         self.total.bytes += bytes as u64;
-        self.total.tokens += match done.answer {
+        let tokens = match done.answer {
             LabelAnswer::Weighed(_, usage) | LabelAnswer::Written(_, usage) => {
                 usage.prompt_tokens + usage.completion_tokens
             }
             LabelAnswer::Scored(scores) => scores.read as u64,
             LabelAnswer::Embedded(_) | LabelAnswer::Failed(_) => 0,
         };
+        self.total.tokens += tokens;
+        telemetry::handed_over(1, tokens, bytes as u64);
         if let Err(error) = lease.acknowledge() {
             // It is delivered again, and its second answer is dropped.
             tracing::debug!("a question cannot be acknowledged: {error}");

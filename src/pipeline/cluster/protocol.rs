@@ -43,7 +43,7 @@ pub struct RunNotice {
     pub base: String,
     /// SHA-256 of the folder's list of checksums.
     pub base_sha256: String,
-    /// Path of the store as the coordinator sees it.
+    /// Store as the coordinator sees it: the path of a folder, or the URL of an object store.
     pub store: String,
     /// Sampling of completions.
     pub sampling: SamplingNotice,

@@ -3,6 +3,7 @@
 //! A worker pulls work, samples with its own engine, puts the result into the results' queue and then acknowledges the work.
 //! It may join and leave at any moment: work that it does not finish is delivered to another worker.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +17,8 @@ use preceptor_actors::SnapshotCell;
 use preceptor_actors::transport::{Lease, Transport, TransportError};
 
 use super::coordinator::{QueueNames, rest, shut_out};
+use super::fetch::{StorePlan, WorkerStore};
+use super::health::Health;
 use super::notices::Notices;
 use super::protocol::{
     Answer, Done, OLDEST_PROTOCOL, PROTOCOL, Pulse, RUN, RunNotice, RunState, WEIGHTS, WeightsNotice, Work, decode,
@@ -25,11 +28,11 @@ use crate::config::{Choice, RolloutWeights};
 use crate::lm::model::{Decoder, Lora, ModelConfig, Weights};
 use crate::lm::source::ModelFiles;
 use crate::lm::tokens::Tokenizer;
+use crate::observe::telemetry::worker as telemetry;
 use crate::pipeline::generate::local::{LocalEngine, LocalPlan};
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::stage::RolloutEngine;
 use crate::pipeline::generate::stop::Stop;
-use crate::pipeline::served::verify;
 use crate::status;
 use crate::types::Prompt;
 use crate::util::mutex::lock;
@@ -47,20 +50,22 @@ pub(super) const STUCK: Duration = Duration::from_secs(120);
 const PACED_STEPS: u64 = 20;
 
 /// Settings of a worker.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct WorkerPlan {
     /// Name of the run to work for.
     pub run: String,
     /// Name of this worker: letters, digits, `-` and `_`.
     pub name: String,
-    /// Path of the store of weights here; `None` if it is that of the coordinator.
-    pub store: Option<PathBuf>,
+    /// Where weights are read.
+    pub store: StorePlan,
     /// Number of concurrent completions.
     pub slots: usize,
     /// Time to finish work after the worker is told to stop.
     pub drain: Duration,
     /// Time to wait for the run to be announced, after which the worker gives up.
     pub patience: Duration,
+    /// Health of the worker, for its probes.
+    pub health: Arc<Health>,
 }
 
 /// What a worker did.
@@ -89,7 +94,7 @@ pub fn work(
     stop: &AtomicBool,
 ) -> Result<Summary> {
     let mut total = Summary::default();
-    let mut left = None;
+    let (mut left, mut store) = (None, None);
     loop {
         let Some(notice) = wait_for_run(plan, notices, stop, left)? else { return Ok(total) };
         ensure!(
@@ -98,8 +103,15 @@ pub fn work(
             plan.run
         );
         status!("worker    {} works for {}, lineage {:016x}", plan.name, plan.run, notice.lineage);
-        let mut lineage = Lineage::open(plan, device, &notice)?;
+        let opened = WorkerStore::open(&plan.store, &plan.run, &notice.store, store.take())?;
+        let store = store.insert(opened);
+        let Some(base) = folder(plan, store, &notice, (&notice.base, &notice.base_sha256), notices, stop)? else {
+            left = Some(notice.lineage);
+            continue;
+        };
+        let mut lineage = Lineage::open(plan, device, &notice, store, &base)?;
         let ended = lineage.work(transport, notices, stop);
+        plan.health.uses(None);
         total.groups += lineage.summary.groups;
         total.tokens += lineage.summary.tokens;
         total.given_back += lineage.summary.given_back;
@@ -129,6 +141,7 @@ pub(super) fn wait_for_run(
 ) -> Result<Option<RunNotice>> {
     let (mut began, mut told) = (Instant::now(), false);
     while !stop.load(Ordering::SeqCst) {
+        plan.health.progressed();
         let found = match notices.get(&plan.run, RUN) {
             Ok(found) => found,
             Err(error) => {
@@ -173,19 +186,6 @@ pub(super) fn wait_for_run(
     Ok(None)
 }
 
-/// Returns the path of a folder of the run's store, after its files are checked.
-///
-/// # Errors
-/// If a file is missing or differs from the coordinator's.
-pub(super) fn folder(plan: &WorkerPlan, notice: &RunNotice, name: &str, sha256: &str) -> Result<PathBuf> {
-    let store = plan.store.clone().unwrap_or_else(|| PathBuf::from(&notice.store));
-    let dir = store.join(name);
-    verify(&dir, sha256).with_context(|| {
-        format!("a model of the run cannot be read in {}; give its path on this machine with --store", store.display())
-    })?;
-    Ok(dir)
-}
-
 /// Returns whether the work for the lineage of `notice` is over.
 ///
 /// # Errors
@@ -215,6 +215,44 @@ pub(super) fn is_over(plan: &WorkerPlan, notice: &RunNotice, notices: &dyn Notic
         RunState::Open if found.lineage == notice.lineage => None,
         RunState::Open | RunState::Paused => Some(Ended::Replaced),
     })
+}
+
+/// Returns a folder of the run's store, given by its name and the SHA-256 of its list of checksums, once it is here and
+/// verified; `None` if the worker is told to stop, or the run has another lineage, before.
+///
+/// # Errors
+/// If the folder is missing or damaged, or the store cannot be read.
+pub(super) fn folder(
+    plan: &WorkerPlan,
+    store: &WorkerStore,
+    notice: &RunNotice,
+    named: (&str, &str),
+    notices: &dyn Notices,
+    stop: &AtomicBool,
+) -> Result<Option<PathBuf>> {
+    let looked = Cell::new(Instant::now());
+    let is_over = || {
+        plan.health.progressed();
+        let looks = looked.get().elapsed() > PULSE;
+        if looks {
+            looked.set(Instant::now());
+        }
+        stop.load(Ordering::SeqCst) || looks && !is_current(plan, notices, notice)
+    };
+    store.folder(named, plan.patience, &is_over)
+}
+
+/// Returns whether the run still works under `notice`, as far as the broker answers.
+fn is_current(plan: &WorkerPlan, notices: &dyn Notices, notice: &RunNotice) -> bool {
+    match notices.get(&plan.run, RUN) {
+        Ok(Some(found)) => serde_json::from_slice::<RunNotice>(&found)
+            .is_ok_and(|found| found.lineage == notice.lineage && found.state == RunState::Open),
+        Ok(None) => true,
+        Err(error) => {
+            tracing::warn!("{error}");
+            true
+        }
+    }
 }
 
 /// Leases of the work of one worker, which another thread extends.
@@ -255,7 +293,7 @@ struct Lineage<'a> {
     config: ModelConfig,
     /// Weights of the base model, for adapters.
     base: Option<Weights>,
-    store: PathBuf,
+    store: &'a WorkerStore,
     cell: Option<Arc<SnapshotCell<Decoder>>>,
     engine: Option<LocalEngine>,
     sampling: Sampling,
@@ -280,12 +318,17 @@ struct Lineage<'a> {
 }
 
 impl<'a> Lineage<'a> {
-    fn open(plan: &'a WorkerPlan, device: &Device, notice: &RunNotice) -> Result<Self> {
-        let store = plan.store.clone().unwrap_or_else(|| PathBuf::from(&notice.store));
-        let dir = folder(plan, notice, &notice.base, &notice.base_sha256)?;
-        let config = ModelConfig::from_directory(&dir)?;
-        let tokenizer = Tokenizer::from_files(&ModelFiles::Directory(dir.clone()))?;
-        let base = notice.lora.is_some().then(|| read(&dir, &config, device)).transpose()?;
+    /// `dir` is the folder of the run's base model.
+    fn open(
+        plan: &'a WorkerPlan,
+        device: &Device,
+        notice: &RunNotice,
+        store: &'a WorkerStore,
+        dir: &Path,
+    ) -> Result<Self> {
+        let config = ModelConfig::from_directory(dir)?;
+        let tokenizer = Tokenizer::from_files(&ModelFiles::Directory(dir.to_owned()))?;
+        let base = notice.lora.is_some().then(|| read(dir, &config, device)).transpose()?;
         let given = &notice.sampling;
         let sampling = Sampling {
             repetition_penalty: given.repetition_penalty,
@@ -348,6 +391,7 @@ impl<'a> Lineage<'a> {
         }
         for (_, lease) in lock(&self.leases.held).drain() {
             self.summary.given_back += 1;
+            telemetry::given_back();
             if let Err(error) = lease.give_back() {
                 tracing::debug!("work cannot be given back: {error}");
             }
@@ -363,6 +407,8 @@ impl<'a> Lineage<'a> {
         let mut drain = None::<Instant>;
         let mut results = Vec::new();
         loop {
+            let used = self.engine.as_ref().map_or(0, RolloutEngine::used);
+            self.plan.health.working([self.open.len(), self.held.len()], [used, self.plan.slots]);
             if drain.is_none() && stop.load(Ordering::SeqCst) {
                 status!("worker    finishes {} groups within {} s", self.open.len(), self.plan.drain.as_secs());
                 drain = Some(Instant::now());
@@ -415,20 +461,25 @@ impl<'a> Lineage<'a> {
         };
         let notice: WeightsNotice =
             serde_json::from_slice(&found).context("the notice of the weights cannot be read")?;
+        if notice.lineage == self.notice.lineage {
+            self.plan.health.announced(notice.version);
+        }
         let newest = self.cell.as_ref().map(|cell| cell.latest().version);
         if notice.lineage != self.notice.lineage || newest.is_some_and(|newest| notice.version <= newest) {
             return Ok(());
         }
-        let model = match self.load(&notice) {
+        let Some((notice, dir)) = self.store.follow(notice)? else { return Ok(()) };
+        let model = match self.load(&notice, &dir) {
             Ok(model) => model,
             // A newer version may have replaced it meanwhile.
-            Err(error) if !self.store.join(&notice.name).exists() => {
+            Err(error) if !dir.exists() => {
                 tracing::warn!("version {} is no longer there: {error:#}", notice.version);
                 return Ok(());
             }
             Err(error) => return Err(error),
         };
         self.versions.insert(notice.version, notice.fingerprint);
+        self.plan.health.uses(Some(notice.version));
         match &self.cell {
             Some(cell) => cell.publish(notice.version, notice.fingerprint, Arc::new(model)),
             None => {
@@ -447,17 +498,15 @@ impl<'a> Lineage<'a> {
         Ok(())
     }
 
-    fn load(&self, notice: &WeightsNotice) -> Result<Decoder> {
-        let dir = self.store.join(&notice.name);
-        verify(&dir, &notice.sha256)?;
+    fn load(&self, notice: &WeightsNotice, dir: &Path) -> Result<Decoder> {
         let model = match (&self.base, &self.notice.lora) {
             (Some(base), Some(lora)) if notice.adapters => {
                 let lora = Lora { rank: lora.rank, alpha: lora.alpha, targets: lora.targets.clone() };
                 let mut weights = base.clone();
-                weights.0.extend(Lora::read(&dir, &self.device)?.0);
+                weights.0.extend(Lora::read(dir, &self.device)?.0);
                 Decoder::with_adapters(&self.config, &weights, Some(&lora))?
             }
-            _ => Decoder::new(&self.config, &read(&dir, &self.config, &self.device)?)?,
+            _ => Decoder::new(&self.config, &read(dir, &self.config, &self.device)?)?,
         };
         let fingerprint = model.weights().fingerprint()?;
         ensure!(
@@ -589,9 +638,12 @@ impl<'a> Lineage<'a> {
             match transport.offer(&self.names.results, &id, &body) {
                 Ok(_) => {
                     self.summary.groups += 1;
-                    self.completions += done.completions.len() as u64;
-                    self.summary.tokens += done.completions.iter().map(|answer| answer.ids.len() as u64).sum::<u64>();
+                    let completions = done.completions.len() as u64;
+                    let tokens = done.completions.iter().map(|answer| answer.ids.len() as u64).sum();
+                    self.completions += completions;
+                    self.summary.tokens += tokens;
                     self.bytes += body.len() as u64;
+                    telemetry::handed_over(completions, tokens, body.len() as u64);
                     if let Some(lease) = lock(&self.leases.held).remove(&done.seq)
                         && let Err(error) = lease.acknowledge()
                     {
@@ -613,12 +665,20 @@ impl<'a> Lineage<'a> {
         Ok(later)
     }
 
+    /// Returns the reason of a wait for `weights`, with the failure that prevents it from getting them, if there is one.
+    fn waits_for(&self, weights: &str) -> String {
+        match self.store.trouble() {
+            None => format!("waits for {weights}"),
+            Some(why) => format!("waits for {weights}, and {why}"),
+        }
+    }
+
     /// Gives a sign of life; the last one if the worker `leaves`.
     fn pulse(&self, notices: &dyn Notices, leaves: bool) -> Result<()> {
         let waits = match (self.newest(), self.held.iter().map(|work| work.min_version).min()) {
-            (None, _) => "waits for weights".to_owned(),
+            (None, _) => self.waits_for("weights"),
             (Some(newest), Some(needed)) if self.open.is_empty() && needed > newest => {
-                format!("waits for version {needed}")
+                self.waits_for(&format!("version {needed}"))
             }
             _ if self.open.is_empty() => self.rests.clone(),
             _ => String::new(),

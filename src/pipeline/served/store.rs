@@ -1,5 +1,6 @@
 //! Storage of published weights where servers can read them.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -68,8 +69,18 @@ pub trait WeightStore: Send + Sync {
     /// If the weights cannot be written completely; nothing is then visible under the tag.
     fn put(&self, tag: Tag, weights: &Decoder) -> Result<Stored>;
 
+    /// Stores a folder that `fill` fills under `name`, unless it is there already. Returns the SHA-256 of its list of
+    /// checksums.
+    ///
+    /// # Errors
+    /// If the folder cannot be written completely; nothing is then visible under the name.
+    fn put_folder(&self, name: &str, fill: &dyn Fn(&Path) -> Result<()>) -> Result<String>;
+
     /// Removes the versions of the run `run` for which `is_used` returns false. Failures are logged.
     fn retain(&self, run: u32, is_used: &dyn Fn(u64) -> bool);
+
+    /// Ends a transfer under way with an error, and refuses later ones. A store without transfers has nothing to end.
+    fn cancel(&self) {}
 }
 
 /// Store in a folder that this process and the servers share.
@@ -85,11 +96,33 @@ pub struct FolderStore {
 }
 
 /// File with the SHA-256 of each other file of a version. It is written last.
-const SUMS: &str = "SHA256SUMS";
+pub const SUMS: &str = "SHA256SUMS";
 
 /// Returns the SHA-256 of `bytes` in hexadecimal digits.
-fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+pub fn sha256(bytes: &[u8]) -> String {
+    hexadecimal(Sha256::new_with_prefix(bytes))
+}
+
+/// Returns the SHA-256 of the file at `path` in hexadecimal digits. The file is not read into memory as a whole.
+///
+/// # Errors
+/// If the file cannot be read; the error names it.
+pub fn sha256_of_file(path: &Path) -> Result<String> {
+    let read = || -> std::io::Result<String> {
+        let (mut file, mut hash) = (std::fs::File::open(path)?, Sha256::new());
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match file.read(&mut buffer)? {
+                0 => return Ok(hexadecimal(hash)),
+                n => hash.update(&buffer[..n]),
+            }
+        }
+    };
+    read().with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn hexadecimal(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Writes the list of checksums of the files in `dir`, and makes all of them durable.
@@ -97,11 +130,33 @@ fn seal(dir: &Path) -> Result<()> {
     let mut sums = String::new();
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();
-        let hex = sha256(&std::fs::read(&path)?);
+        let hex = sha256_of_file(&path)?;
         sums += &format!("{hex}  {}\n", path.file_name().unwrap_or_default().to_string_lossy());
         std::fs::File::open(&path)?.sync_all()?;
     }
     disk::replace(&dir.join(SUMS), sums.as_bytes())
+}
+
+/// Returns whether `name` can be the name of a folder or a file of a store: letters, digits, `-`, `_` and `.`, which is not
+/// the first character.
+pub fn is_plain(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !name.is_empty() && !name.starts_with('.') && name.chars().all(allowed)
+}
+
+/// Returns the SHA-256 and the name of each file in the list of checksums `sums`.
+///
+/// # Errors
+/// If a line has another form, or names a file elsewhere.
+pub fn listed(sums: &str) -> Result<Vec<(&str, &str)>> {
+    let entry = |line: &'_ str| -> Result<()> {
+        let (hex, name) = line.split_once("  ").context("a line has no name")?;
+        ensure!(hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()), "a line has no SHA-256");
+        ensure!(is_plain(name), "it names a file elsewhere: {name:?}");
+        Ok(())
+    };
+    sums.lines().try_for_each(entry)?;
+    Ok(sums.lines().filter_map(|line| line.split_once("  ")).collect())
 }
 
 /// Checks the files of the folder `dir` of a store against its list of checksums, whose own SHA-256 must be `expected`.
@@ -113,11 +168,9 @@ pub fn verify(dir: &Path, expected: &str) -> Result<()> {
     let sums = std::fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
     let found = sha256(sums.as_bytes());
     ensure!(found == expected, "{} has the SHA-256 {found}, not {expected}", list.display());
-    for line in sums.lines() {
-        let (hex, name) = line.split_once("  ").with_context(|| format!("{} is damaged", list.display()))?;
-        ensure!(!name.contains('/') && name != "..", "{} names a file elsewhere: {name}", list.display());
+    for (hex, name) in listed(&sums).with_context(|| format!("{} is damaged", list.display()))? {
         let path = dir.join(name);
-        let found = sha256(&std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
+        let found = sha256_of_file(&path)?;
         ensure!(found == hex, "{} has the SHA-256 {found}, not {hex}", path.display());
     }
     Ok(())
@@ -151,12 +204,27 @@ impl FolderStore {
         Ok(())
     }
 
-    /// Stores a folder that `fill` fills under `name`, unless it is there already. Returns the SHA-256 of its list of
-    /// checksums.
-    ///
-    /// # Errors
-    /// If the folder cannot be written completely; nothing is then visible under the name.
-    pub fn put_folder(&self, name: &str, fill: &dyn Fn(&Path) -> Result<()>) -> Result<String> {
+    /// Returns the path of the folder as servers and workers see it.
+    pub fn seen_as(&self) -> &Path {
+        &self.seen_as
+    }
+
+    /// Returns the absolute path of the folder in this process.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+impl WeightStore for FolderStore {
+    fn put(&self, tag: Tag, weights: &Decoder) -> Result<Stored> {
+        let name = tag.to_string();
+        let sha256 = self.put_folder(&name, &|dir| self.fill(dir, weights))?;
+        let location = self.seen_as.join(&name).display().to_string();
+        let content = if weights.lora().is_some() { Content::Adapters } else { Content::Full };
+        Ok(Stored { tag, location, content, sha256 })
+    }
+
+    fn put_folder(&self, name: &str, fill: &dyn Fn(&Path) -> Result<()>) -> Result<String> {
         let _guard = lock(&self.changing);
         let (dir, partial) = (self.folder.join(name), self.folder.join(format!(".{name}.partial")));
         let write = || -> Result<String> {
@@ -175,21 +243,6 @@ impl FolderStore {
             Ok(sha256(&std::fs::read(dir.join(SUMS))?))
         };
         write().with_context(|| format!("cannot write {}", dir.display()))
-    }
-
-    /// Returns the path of the folder as servers and workers see it.
-    pub fn seen_as(&self) -> &Path {
-        &self.seen_as
-    }
-}
-
-impl WeightStore for FolderStore {
-    fn put(&self, tag: Tag, weights: &Decoder) -> Result<Stored> {
-        let name = tag.to_string();
-        let sha256 = self.put_folder(&name, &|dir| self.fill(dir, weights))?;
-        let location = self.seen_as.join(&name).display().to_string();
-        let content = if weights.lora().is_some() { Content::Adapters } else { Content::Full };
-        Ok(Stored { tag, location, content, sha256 })
     }
 
     fn retain(&self, run: u32, is_used: &dyn Fn(u64) -> bool) {
@@ -220,6 +273,18 @@ mod tests {
         for other in ["policy", "policy-1", "policy-xyz-1-0", "policy-1-x-0", "base", "policy-1-1-g"] {
             assert_eq!(Tag::parse(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn lists_name_plain_files_only() {
+        let hex = "0a".repeat(32);
+        let list = format!("{hex}  model.safetensors\n{hex}  model-00001-of-00002.safetensors\n");
+        let files: Vec<&str> = listed(&list).unwrap().into_iter().map(|(_, file)| file).collect();
+        assert_eq!(files, ["model.safetensors", "model-00001-of-00002.safetensors"]);
+        for file in ["../model", "/etc/passwd", "a/b", "a\\b", "..", ".hidden", "", "a b", "a\0b"] {
+            assert!(listed(&format!("{hex}  {file}\n")).is_err(), "{file:?}");
+        }
+        assert!(listed("no checksum\n").is_err() && listed("abc  model\n").is_err());
     }
 
     #[test]
