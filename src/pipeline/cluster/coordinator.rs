@@ -4,8 +4,9 @@
 //! and announces weights. Work carries the oldest version that it may begin with, ⌊n/B⌋ − η for group n, which is a function
 //! of the number alone: a repeated delivery, a repeated offer and a restore change nothing.
 
+mod plan;
+
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -13,142 +14,31 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use crossbeam::channel::{Receiver, Sender, bounded};
-use preceptor_actors::transport::{Lease, QueueLimits, Transport, TransportError};
-use preceptor_actors::{Admission, SnapshotCell};
+use preceptor_actors::SnapshotCell;
+use preceptor_actors::transport::{Lease, Transport, TransportError};
 
 use super::log::GroupLog;
 use super::notices::Notices;
 use super::protocol::{
-    Bounds, Done, JudgeNotice, LoraNotice, MAX_MESSAGE, OLDEST_PROTOCOL, PROTOCOL, RUN, RunNotice, RunState,
-    SamplingNotice, WEIGHTS, WeightsNotice, Work, decode, encode, is_redone,
+    Done, OLDEST_PROTOCOL, PROTOCOL, RUN, RunNotice, RunState, WEIGHTS, WeightsNotice, Work, decode, encode, is_redone,
+    rest, shut_out,
 };
 use super::roster::{REFUSALS, Roster};
-use crate::lm::model::config::Head;
-use crate::lm::model::{Decoder, export};
-use crate::lm::tokens::Tokenizer;
+use crate::lm::model::Decoder;
 use crate::observe::telemetry;
 use crate::pipeline::generate::Sampled;
 use crate::pipeline::served::{Content, Tag, WeightStore};
 use crate::status;
 use crate::util::mutex::lock;
+use plan::limits;
+pub use plan::{CoordinatorPlan, QueueNames, put_base};
 
 /// Time between two looks for new weights, and for results that can be taken no further.
 const LOOK: Duration = Duration::from_millis(10);
 /// Longest wait for a result before the coordinator looks for its end.
 const PULL: Duration = Duration::from_millis(500);
-/// Lease of a result. It may be long, because only the coordinator takes results and a dead one's queues are removed; and it
-/// has to be long, because the first result of a group waits for the last.
-const RESULT_LEASE: Duration = Duration::from_secs(3600);
 /// Number of results that are taken at once.
 const MOST: usize = 16;
-
-/// Settings of a [`Coordinator`].
-#[derive(Debug, Clone)]
-pub struct CoordinatorPlan {
-    /// Name of the run, which its workers join.
-    pub run: String,
-    /// Number of the run in the names of weights.
-    pub tag: u32,
-    /// Lineage of this start of the run.
-    pub lineage: u64,
-    /// Size of a batch, and how far work may run ahead.
-    pub admission: Admission,
-    /// Sampling of completions.
-    pub sampling: SamplingNotice,
-    /// Bounds of results.
-    pub bounds: Bounds,
-    /// Adapters that are trained, if not all weights are.
-    pub lora: Option<LoraNotice>,
-    /// Number of completions of a prompt.
-    pub group_size: usize,
-    /// Maximum number of completions in a piece of work, at least one.
-    pub part: usize,
-    /// Longest time without a sign of life of a worker.
-    pub lease: Duration,
-    /// A worker whose time per token is more than this multiple of the median takes no work; 0 lets all work.
-    pub slowest: f64,
-    /// Store of weights as workers may see it: the path of a folder, or a URL.
-    pub store: String,
-    /// Folder below the store with the model's configuration and tokenizer, and the SHA-256 of its list of checksums.
-    pub base: (String, String),
-    /// True if workers sample.
-    pub samples: bool,
-    /// Judges whose weights are on workers.
-    pub judges: Vec<JudgeNotice>,
-}
-
-impl CoordinatorPlan {
-    /// Returns the number of pieces of work of a group.
-    pub fn parts(&self) -> usize {
-        self.group_size.div_ceil(self.part)
-    }
-}
-
-/// Names of a lineage's queues.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct QueueNames {
-    /// Queue of prompts.
-    pub work: String,
-    /// Queue of results.
-    pub results: String,
-    /// Queue of questions for judges.
-    pub questions: String,
-    /// Queue of the judges' answers.
-    pub answers: String,
-}
-
-impl QueueNames {
-    /// Returns the names for a lineage of a run.
-    pub fn of(run: &str, lineage: u64) -> Self {
-        let name = |queue: &str| format!("{run}.{lineage:016x}.{queue}");
-        Self { work: name("rollout"), results: name("results"), questions: name("questions"), answers: name("answers") }
-    }
-
-    /// Returns all names.
-    pub fn all(&self) -> [&String; 4] {
-        [&self.work, &self.results, &self.questions, &self.answers]
-    }
-}
-
-/// Stores what workers must have of `model` before its first version: its configuration and tokenizer, and its weights if
-/// only adapters are trained. Returns the name of the folder and the SHA-256 of its list of checksums.
-///
-/// # Errors
-/// If the folder cannot be written completely.
-pub fn put_base(
-    store: &dyn WeightStore,
-    model: &Decoder,
-    tokenizer: &Tokenizer,
-    with_weights: bool,
-) -> Result<(String, String)> {
-    let name = format!("base-{:016x}", model.weights().fingerprint()?);
-    let fill = |dir: &Path| {
-        if with_weights {
-            export::write(dir, model.config(), model.weights(), model.dtype())?;
-        } else {
-            export::write_json(&dir.join("config.json"), &model.config().to_json(Head::Language))?;
-            export::write_json(&dir.join("generation_config.json"), &model.config().to_generation_json())?;
-        }
-        tokenizer.save(dir)
-    };
-    let sha256 = store.put_folder(&name, &fill)?;
-    Ok((name, sha256))
-}
-
-/// Returns the limits of the queues of work and of results.
-fn limits(plan: &CoordinatorPlan) -> [QueueLimits; 2] {
-    [plan.lease, RESULT_LEASE].map(|lease| QueueLimits { lease, messages: 100_000, bytes: MAX_MESSAGE })
-}
-
-/// Returns the key of the notice that shuts a worker out.
-pub(super) fn shut_out(worker: &str) -> String {
-    format!("out-{worker}")
-}
-
-/// Returns the key of the notice that tells a worker to take no work, with the reason; empty if it may take work.
-pub(super) fn rest(worker: &str) -> String {
-    format!("rest-{worker}")
-}
 
 /// Numbers of results since the coordinator started.
 #[derive(Debug, Default)]

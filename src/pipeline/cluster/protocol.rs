@@ -24,6 +24,16 @@ pub const RUN: &str = "run";
 /// Key of the [`WeightsNotice`] on a run's board.
 pub const WEIGHTS: &str = "weights";
 
+/// Returns the key of the notice that shuts a worker out.
+pub(super) fn shut_out(worker: &str) -> String {
+    format!("out-{worker}")
+}
+
+/// Returns the key of the notice that tells a worker to take no work, with the reason; empty if it may take work.
+pub(super) fn rest(worker: &str) -> String {
+    format!("rest-{worker}")
+}
+
 const MAGIC: [u8; 2] = *b"PW";
 
 /// What a worker must know of a run before it works for it.
