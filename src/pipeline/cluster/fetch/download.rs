@@ -38,6 +38,16 @@ pub(super) struct Job {
     pub(super) notice: Option<WeightsNotice>,
 }
 
+impl Job {
+    /// Returns whether a download of this folder is of use while `wanted` is wanted: an older version of the same lineage is.
+    fn serves(&self, wanted: &Self) -> bool {
+        match (&self.notice, &wanted.notice) {
+            (Some(own), Some(wanted)) => own.lineage == wanted.lineage,
+            _ => self == wanted,
+        }
+    }
+}
+
 /// Reason for which nothing can be downloaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Trouble {
@@ -184,9 +194,8 @@ impl Worker {
             if state.ended {
                 return None;
             }
-            let lineage = |job: &Job| job.notice.as_ref().map(|notice| notice.lineage);
             match (&under_way, &state.wanted) {
-                (Some(job), Some(wanted)) if lineage(job) == lineage(wanted) => return under_way,
+                (Some(job), Some(wanted)) if job.serves(wanted) => return under_way,
                 (_, Some(wanted)) => return Some(wanted.clone()),
                 (_, None) => {}
             }
@@ -321,5 +330,31 @@ impl Worker {
                 return Err(Failure::new(FailureKind::Unusable, why));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(name: &str, lineage: Option<u64>) -> Job {
+        let notice = lineage.map(|lineage| WeightsNotice {
+            lineage,
+            version: 1,
+            fingerprint: 2,
+            name: name.into(),
+            sha256: "sum".into(),
+            adapters: false,
+        });
+        Job { name: name.into(), sha256: "sum".into(), notice }
+    }
+
+    #[test]
+    fn a_download_of_another_lineage_or_of_another_base_is_given_up() {
+        let older = job("policy-1", Some(1));
+        assert!(older.serves(&job("policy-2", Some(1))) && !older.serves(&job("policy-2", Some(2))));
+        let base = job("base-1", None);
+        assert!(base.serves(&base.clone()) && !base.serves(&job("base-2", None)));
+        assert!(!base.serves(&older) && !older.serves(&base));
     }
 }
