@@ -244,7 +244,7 @@ fn around(path: &str) -> Vec<&'static str> {
         "rollout.servers" => vec!["rollout.engine=vllm"],
         "cluster.nats" => vec!["rollout.engine=workers"],
         "cluster.part" => vec!["rollout.engine=workers", "cluster.nats=nats://h:1"],
-        "labeler.engine" => vec!["cluster.nats=nats://h:1"],
+        "labeler.engine" => vec!["rollout.engine=workers", "cluster.nats=nats://h:1"],
         "cluster.tls_certificate" => vec!["cluster.tls_key=key.pem"],
         "cluster.tls_key" => vec!["cluster.tls_certificate=certificate.pem"],
         "rollout.devices" => vec!["rollout.workers=8"],
@@ -363,7 +363,7 @@ fn random(key: &Key, rng: &mut ChaCha8Rng) -> Value {
 fn a_random_configuration_reads_back_unchanged() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut ever = std::collections::HashSet::new();
-    for round in 0..36 {
+    for round in 0..60 {
         let mut sets: Vec<String> = match round % 3 {
             0 => vec![],
             1 => vec![

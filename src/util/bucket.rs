@@ -94,8 +94,10 @@ impl Bucket {
         };
         let until_cancelled = async {
             tokio::select! {
-                done = work => done,
+                // Work that is done at once must not begin after the end.
+                biased;
                 () = cancelled => bail!("the transfer with {} was stopped", self.url),
+                done = work => done,
             }
         };
         std::thread::scope(|scope| {
