@@ -20,6 +20,9 @@ const WAIT: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(50)
 /// Bit that distinguishes the numbers of work of the warm-up.
 const WARM_UP: u64 = 1 << 63;
 
+/// Lease of a result, with the number of its work.
+type NumberedLease = (u64, Box<dyn Lease>);
+
 /// Engine that gives groups to workers, each as one or several pieces of work.
 pub struct ClusterEngine {
     coordinator: Arc<Coordinator>,
@@ -31,7 +34,7 @@ pub struct ClusterEngine {
     /// Groups under way.
     under_way: HashMap<u64, Parts>,
     /// Leases of the results of groups that are not recorded yet, with the numbers of their work.
-    leases: HashMap<u64, Vec<(u64, Box<dyn Lease>)>>,
+    leases: HashMap<u64, Vec<NumberedLease>>,
     ctx: Option<StageContext>,
 }
 

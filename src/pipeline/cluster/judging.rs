@@ -90,7 +90,7 @@ pub fn judge(
 /// A judge's model.
 enum Model {
     Language(Local),
-    Encoder(Embedder),
+    Encoder(Box<Embedder>),
 }
 
 impl Model {
@@ -106,7 +106,7 @@ impl Model {
         if notice.encodes {
             let encoder = Embedder::from_directory(dir, device)?;
             check(encoder.identity())?;
-            return Ok(Self::Encoder(encoder));
+            return Ok(Self::Encoder(Box::new(encoder)));
         }
         let dtype = match notice.dtype.as_str() {
             "f32" => DType::F32,
