@@ -1,4 +1,4 @@
-//! The metrics that the node exports, and those of a worker ([`worker`]); [`catalogue`] lists them.
+//! The metrics that the node exports, and those of a worker ([`mod@worker`]); [`catalogue`] lists them.
 //!
 //! Events are recorded when they occur, through the `metrics` facade. The state of stages, edges, weights and memory is
 //! sampled at scrape time by [`graph`], so that it is always current and seconds keep their fractions.

@@ -16,7 +16,7 @@ use crate::pipeline::served::WeightStore;
 /// Lease of a result. It may be long, because only the coordinator takes results and a dead one's queues are removed; and it
 /// has to be long, because the first result of a group waits for the last.
 const RESULT_LEASE: Duration = Duration::from_secs(3600);
-/// Settings of a [`Coordinator`].
+/// Settings of a [`Coordinator`](super::Coordinator).
 #[derive(Debug, Clone)]
 pub struct CoordinatorPlan {
     /// Name of the run, which its workers join.
