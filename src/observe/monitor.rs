@@ -198,7 +198,9 @@ impl Monitor {
     }
 
     fn diagnose(&self, shares: &[RoleShare]) -> Option<Diagnosis> {
-        diagnose(shares, &self.config, process::cores(), &self.servers())
+        let found = diagnose(shares, &self.config, process::cores(), &self.servers())?;
+        let missing = self.workers.get().and_then(|coordinator| coordinator.missing());
+        Some(missing.map_or(found.clone(), |headline| Diagnosis { headline, settings: Vec::new(), ..found }))
     }
 
     /// Adds the records of steps taken before this process began to the history.

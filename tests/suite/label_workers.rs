@@ -262,6 +262,7 @@ fn a_waiting_labeler_gives_signs_of_life_and_stops_when_its_graph_is_halted() {
     Backend::register_liveness(&*run.language.0, "label-0", &(Arc::new(alive) as _));
     let asked = run.weigh(asks());
     let began = Instant::now();
+    assert!(run.coordinator.missing().unwrap().starts_with("no worker labels"));
     while !noted.lock().unwrap().contains("--role label") {
         assert!(began.elapsed() < PATIENCE, "{}", noted.lock().unwrap());
         std::thread::sleep(Duration::from_millis(10));
@@ -274,6 +275,10 @@ fn a_waiting_labeler_gives_signs_of_life_and_stops_when_its_graph_is_halted() {
     assert!(why.contains("halted"), "{why}");
     let worker = run.worker("a");
     assert_eq!(evaluated.join().unwrap(), expected);
+    while run.coordinator.missing().is_some() {
+        assert!(began.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(10));
+    }
     worker.end().unwrap();
 }
 

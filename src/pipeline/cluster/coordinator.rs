@@ -23,7 +23,7 @@ use super::protocol::{
     Done, OLDEST_PROTOCOL, PROTOCOL, RUN, RunNotice, RunState, WEIGHTS, WeightsNotice, Work, decode, encode, is_redone,
     rest, shut_out,
 };
-use super::roster::{REFUSALS, Roster};
+use super::roster::{LABEL, REFUSALS, Roster};
 use crate::lm::model::Decoder;
 use crate::observe::telemetry;
 use crate::pipeline::generate::Sampled;
@@ -255,7 +255,8 @@ impl Coordinator {
             return;
         }
         if let Err(error) = self.notice(state) {
-            tracing::warn!("cannot tell the workers how the run ended: {error:#}");
+            // The broker is away: each further request would wait for its time limit.
+            return tracing::warn!("cannot tell the workers how the run ended: {error:#}");
         }
         for queue in self.names.all() {
             if let Err(error) = self.transport.remove(queue) {
@@ -518,6 +519,16 @@ impl Coordinator {
         if let Err(error) = lease.acknowledge() {
             tracing::debug!("cannot acknowledge a result: {error}");
         }
+    }
+
+    /// Returns what the run has no worker for, with the remedy, if that is so.
+    pub fn missing(&self) -> Option<String> {
+        let roles = [(self.plan.samples, "rollout", "samples"), (!self.plan.judges.is_empty(), LABEL, "labels")];
+        let missing = roles.into_iter().find(|(used, role, _)| *used && self.roster.reason_of_wait(role).is_none());
+        missing.map(|(_, role, does)| {
+            let run = &self.plan.run;
+            format!("no worker {does}; start one with: preceptor worker --join ADDRESS --run {run} --role {role}")
+        })
     }
 
     /// Returns why no work is done, if that is so.
