@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the part of a NATS configuration that gives a run an account of its own; see --help.
+# Prints the part of a NATS configuration that gives a run a separate account; see --help.
 set -euo pipefail
 
 usage() {

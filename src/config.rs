@@ -226,6 +226,13 @@ impl Config {
         }
     }
 
+    /// Returns whether a run asks the labeler: for training, for the warm-up of its reward model, or for evaluations.
+    pub fn asks_labeler(&self) -> bool {
+        self.needs_labels()
+            || (self.evaluation.every_steps > 0 && self.evaluation.labeler.is_none())
+            || (self.run.mode == Mode::Distilled && self.reward_model.pairs.is_none())
+    }
+
     /// Returns whether workers on other machines sample or label for the run.
     pub fn has_workers(&self) -> bool {
         self.rollout.engine == EngineKind::Workers || self.labeler.engine == LabelEngine::Workers
@@ -566,6 +573,9 @@ impl Config {
         if self.labeler.engine == LabelEngine::Workers && document.sound(&["labeler.remote", "labeler.members"]) {
             if self.labeler.methods.iter().all(|method| method.remote.is_some()) {
                 document.error("labeler.engine", "is \"workers\", but no judge of the labeler has weights: judges of labeler.remote are asked by the node; remove it");
+            }
+            if document.sound(&["run.mode", "reward_model.pairs", "evaluation.every_steps"]) && !self.asks_labeler() {
+                document.error("labeler.engine", "is \"workers\", but this run asks no labeler: neither training nor evaluations need labels; remove it");
             }
             if self.labeler.device.is_some() {
                 document.error(

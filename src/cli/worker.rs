@@ -49,7 +49,7 @@ pub struct Worker {
     /// Name of the run: cluster.run or run.name of its configuration.
     #[arg(long, value_name = "NAME", value_parser = |name: &str| check_board(name).map(|()| name.to_owned()))]
     run: String,
-    /// What this worker does. `rollout` samples completions; `label` answers for the run's judges whose weights workers
+    /// Work of this worker: `rollout` samples completions; `label` answers for the run's judges whose weights workers
     /// hold (labeler.engine = "workers").
     #[arg(long, value_enum, default_value = "rollout")]
     role: Role,
@@ -65,7 +65,7 @@ pub struct Worker {
     /// Environment variable that holds the bearer token of the HTTP server in --store (serve.token_env of the node).
     #[arg(long, value_name = "NAME", requires = "store")]
     token_env: Option<String>,
-    /// Folder for weights that are fetched from an object store or an HTTP server. Each worker uses a folder of its own
+    /// Folder for weights that are fetched from an object store or an HTTP server. Each worker uses a separate folder
     /// below it. The default is `weights` in $PRECEPTOR_CACHE or ~/.cache/preceptor.
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,

@@ -596,6 +596,10 @@ fn workers_require_a_nats_server_and_nothing_of_rollouts_here() {
         let errors = errors(rollout, cluster);
         assert!(errors.contains(words), "{rollout} {cluster}: {errors}");
     }
+    let without_labels =
+        ["run.mode=human", "reward_model.pairs=Cargo.toml", "labeler.engine=workers", "cluster.nats=nats://h:1"];
+    let errors = read(MINIMAL, &without_labels).unwrap_err().to_string();
+    assert!(errors.contains("labeler.engine: is \"workers\", but this run asks no labeler"), "{errors}");
 }
 
 /// A command that does not read the prompts accepts a configuration whose data are missing, and still refuses a value

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{Device, Tensor};
 use toml::Table;
 
-use crate::config::{Config, LabelEngine, LabelerKind, Method, Mode, PolicyModel, RemoteJudge, Scratch, WIN_RATE};
+use crate::config::{Config, LabelEngine, LabelerKind, Method, PolicyModel, RemoteJudge, Scratch, WIN_RATE};
 use crate::lm::load::load;
 use crate::lm::model::{Decoder, DeviceReplicas, LoadTarget, ModelConfig, Weights};
 use crate::lm::precision;
@@ -211,9 +211,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
     check_ends(config, &policy.tokenizer)?;
     let evaluates = config.evaluation.every_steps > 0;
     let evaluator = config.evaluation.labeler.as_ref().filter(|_| evaluates);
-    let asked = config.needs_labels()
-        || (evaluates && evaluator.is_none())
-        || (config.run.mode == Mode::Distilled && config.reward_model.pairs.is_none());
+    let asked = config.asks_labeler();
     let judges = AskedMethods {
         labeler: if asked { &config.labeler.methods.list } else { &[] },
         evaluator: evaluator.map_or(&[], |judge| &judge.list),

@@ -1,6 +1,6 @@
 //! The published weights of a run, for workers without a shared folder: `GET /weights/NAME/FILE`, with ranges.
 //!
-//! Only files in the lists of checksums of this run's folders are sent: those of its base model and of its versions.
+//! Only files in the lists of checksums of this run's folders are sent: those of its base model, its judges and its versions.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
@@ -84,7 +84,7 @@ fn find(weights: &PublishedWeights, name: &str, file: &str) -> Option<Published>
 enum Part {
     Whole,
     Range(u64, u64),
-    /// There is no such part.
+    /// The requested range begins after the end of the file.
     None,
 }
 

@@ -11,7 +11,7 @@ use crate::pipeline::served::{FolderStore, SUMS, Stored, Tag, WeightStore, sha25
 use crate::status;
 use crate::util::bucket::{Bucket, flat_error};
 
-/// Time of an upload after which it is told. The client of object stores tries again for minutes before it reports a failure.
+/// Time after which an upload is reported as slow. The client of object stores tries again for minutes before it reports a failure.
 const SLOW: Duration = Duration::from_secs(30);
 
 /// Store in an object store. Each version is written to a local folder first, and then uploaded: its files, and at last its

@@ -46,6 +46,9 @@ struct Worker {
     tokens_per_s: f64,
     /// Time since when the worker rests because it is slow.
     rests: Option<Instant>,
+    /// True once the worker was told to take work after it joined. It may rest by order of an earlier coordinator, or from
+    /// before it left.
+    freed: bool,
 }
 
 impl Worker {
@@ -98,6 +101,7 @@ impl Roster {
                 continue;
             }
             if !worker.here {
+                (worker.rests, worker.freed) = (None, false);
                 status!("workers   {name} has joined: {} on {}, {} slots", pulse.role, pulse.host, pulse.slots);
             }
             // A worker that starts again counts from zero.
@@ -126,8 +130,12 @@ impl Roster {
         let mut workers = lock(&self.0);
         let mut changes = Vec::new();
         for (name, worker) in workers.iter_mut() {
-            if worker.rests.is_some_and(|since| since.elapsed() >= REST) {
+            let rested = worker.rests.is_some_and(|since| since.elapsed() >= REST);
+            if rested {
                 (worker.rests, worker.pulse.pace) = (None, None);
+            }
+            if rested || worker.here && !worker.freed {
+                worker.freed = true;
                 changes.push((name.clone(), String::new()));
             }
         }
@@ -235,14 +243,27 @@ mod tests {
         let paces = [30.0, 31.0, 9.0, 29.0, 33.0, 12.0, 30.0];
         let names = ["a", "b", "c", "d", "e", "f", "g"].map(String::from);
         roster.hear(names.into_iter().zip(paces.map(paced)).collect());
-        assert!(roster.rests(3.0).is_empty(), "seven workers are too few");
+        let freed = roster.rests(3.0);
+        assert_eq!(
+            freed.len(),
+            7,
+            "a worker that joins may work, and seven are too few for another to rest: {freed:?}"
+        );
+        assert!(freed.iter().all(|(_, why)| why.is_empty()) && roster.rests(3.0).is_empty());
         roster.hear(vec![("h".into(), paced(28.0)), ("i".into(), serde_json::to_vec(&Pulse::default()).unwrap())]);
+        assert_eq!(roster.rests(0.0).len(), 2, "those that have joined");
         assert!(roster.rests(0.0).is_empty());
         let changes = roster.rests(3.0);
         let [(name, why)] = changes.as_slice() else { panic!("{changes:?}") };
         assert!(name == "c" && why.contains("3.3 times as long"), "{name} {why}");
         assert!(roster.rests(3.0).is_empty(), "it is told once");
         lock(&roster.0).get_mut("c").unwrap().rests = Instant::now().checked_sub(REST);
+        assert_eq!(roster.rests(3.0), [("c".to_owned(), String::new())]);
+        // One that leaves while it rests, and comes again, may work.
+        roster.hear(vec![("c".into(), paced(9.0))]);
+        assert_eq!(roster.rests(3.0).len(), 1);
+        let leaves = Pulse { role: "rollout".into(), leaves: true, ..Pulse::default() };
+        roster.hear(vec![("c".into(), serde_json::to_vec(&leaves).unwrap()), ("c".into(), paced(30.0))]);
         assert_eq!(roster.rests(3.0), [("c".to_owned(), String::new())]);
     }
 }

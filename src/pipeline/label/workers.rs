@@ -68,6 +68,8 @@ pub struct Asked {
     pub attempts: u32,
     /// Number of workers that could not compute an answer.
     pub failures: u32,
+    /// True once it has an answer, which its asker has not taken yet.
+    pub answered: bool,
     reply: Sender<Result<LabelAnswer, String>>,
 }
 
@@ -76,7 +78,15 @@ impl JudgePool {
     fn ask(&self, judge: &str, question: Question, waiting: &Waiting) -> Result<LabelAnswer, String> {
         let (reply, answer) = bounded(1);
         let id = self.count.fetch_add(1, Ordering::Relaxed);
-        let asked = Asked { judge: judge.to_owned(), question, offered: false, attempts: 0, failures: 0, reply };
+        let asked = Asked {
+            judge: judge.to_owned(),
+            question,
+            offered: false,
+            attempts: 0,
+            failures: 0,
+            answered: false,
+            reply,
+        };
         lock(&self.open).insert(id, asked);
         let answered = self.wait(&answer, waiting);
         lock(&self.open).remove(&id);
@@ -120,13 +130,13 @@ impl JudgePool {
     /// Makes all questions without an answer such that are not offered, because the broker lost them. Returns their number.
     pub fn offer_again(&self) -> usize {
         let mut open = lock(&self.open);
-        let lost = open.values_mut().filter(|asked| asked.offered);
+        let lost = open.values_mut().filter(|asked| asked.offered && !asked.answered);
         lost.map(|asked| asked.offer_again()).count()
     }
 
     /// Returns whether questions were offered that have no answer.
     pub fn has_offered(&self) -> bool {
-        lock(&self.open).values().any(|asked| asked.offered)
+        lock(&self.open).values().any(|asked| asked.offered && !asked.answered)
     }
 
     /// Calls `act` with an open question; returns `None` if it is answered already, or its asker has left.
@@ -142,7 +152,8 @@ impl Asked {
     }
 
     /// Passes the answer to the asker.
-    pub fn answer(&self, answer: Result<LabelAnswer, String>) {
+    pub fn answer(&mut self, answer: Result<LabelAnswer, String>) {
+        self.answered = true;
         // The asker may have left, or have an answer.
         let _ = self.reply.try_send(answer);
     }
