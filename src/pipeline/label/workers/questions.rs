@@ -240,11 +240,11 @@ mod tests {
     #[test]
     fn equal_prompts_of_free_text_stay_in_one_question() {
         let prompts = ["a", "b", "a", "c"].map(String::from);
-        let divided = Question::write(&prompts, &decoding(LARGEST / 3 / TOKEN_BYTES), 0);
+        let divided = Question::write(&prompts, &decoding(LARGEST / 2 / TOKEN_BYTES), 0);
         let places: Vec<&[usize]> = divided.iter().map(|(places, _)| places.as_slice()).collect();
-        assert_eq!(places, [&[0, 1, 2][..], &[3]]);
+        assert_eq!(places, [&[0, 2][..], &[1, 3]]);
         let Question::Write { prompts, .. } = &divided[0].1 else { panic!() };
-        assert_eq!(prompts, &["a", "b", "a"]);
+        assert_eq!(prompts, &["a", "a"]);
         assert_eq!(Question::write(&["a", "b"].map(String::from), &decoding(8), 0).len(), 1);
     }
 
