@@ -236,18 +236,24 @@ impl Random {
 
 #[derive(Debug, Clone, Copy)]
 enum Event {
-    /// The learner has trained on a group.
-    Trained,
-    /// Leases may have expired.
-    Expiry,
+    Timer(Timer),
     /// A worker, in this life, has received a version.
     Received(u32, u32, u64),
-    /// A worker has sampled all completions of its work.
-    Sampled(u32, u32),
     /// A worker acknowledges work.
     Acknowledged(u32, u32, LeaseId),
     /// A worker gives a sign of life for its work.
     Extended(u32, u32, LeaseId),
+}
+
+/// An event that may be scheduled any time ahead.
+#[derive(Debug, Clone, Copy)]
+enum Timer {
+    /// The learner has trained on a group.
+    Trained,
+    /// Leases may have expired.
+    Expiry,
+    /// A worker has sampled all completions of its work.
+    Sampled(u32, u32),
     /// A worker dies.
     Died(u32, u32),
     /// A worker loses its connection to the broker.
@@ -256,63 +262,79 @@ enum Event {
     Connected(u32, u32),
 }
 
-/// Scheduled events. Those that are scheduled a fixed time ahead are in order already, and need no heap.
+/// Scheduled events. Those of one kind that are scheduled a fixed time ahead are in order already, and need no heap.
 #[derive(Default)]
 struct Events {
     scheduled: u64,
-    heap: BinaryHeap<Reverse<Scheduled>>,
-    acknowledged: VecDeque<Scheduled>,
-    received: VecDeque<Scheduled>,
+    timers: BinaryHeap<Reverse<Scheduled<Timer>>>,
+    received: VecDeque<Scheduled<Event>>,
+    acknowledged: VecDeque<Scheduled<Event>>,
+    extended: VecDeque<Scheduled<Event>>,
 }
 
 /// An event at a time in nanoseconds. Events at the same time are in the order in which they were scheduled.
-struct Scheduled {
+struct Scheduled<T> {
     nanos: u64,
     number: u64,
-    event: Event,
+    event: T,
 }
 
-impl PartialEq for Scheduled {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
+impl<T> Scheduled<T> {
+    fn key(&self) -> (u64, u64) {
+        (self.nanos, self.number)
     }
 }
 
-impl Eq for Scheduled {}
+impl<T> PartialEq for Scheduled<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
 
-impl PartialOrd for Scheduled {
+impl<T> Eq for Scheduled<T> {}
+
+impl<T> PartialOrd for Scheduled<T> {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl Ord for Scheduled {
+impl<T> Ord for Scheduled<T> {
     fn cmp(&self, other: &Self) -> Ordering {
-        (self.nanos, self.number).cmp(&(other.nanos, other.number))
+        self.key().cmp(&other.key())
     }
 }
 
 impl Events {
     fn schedule(&mut self, at: Duration, event: Event) {
         self.scheduled += 1;
-        let scheduled = Scheduled { nanos: at.as_nanos() as u64, number: self.scheduled, event };
-        match event {
-            Event::Acknowledged(..) => self.acknowledged.push_back(scheduled),
-            Event::Received(..) => self.received.push_back(scheduled),
-            _ => self.heap.push(Reverse(scheduled)),
-        }
+        let (nanos, number) = (at.as_nanos() as u64, self.scheduled);
+        let queue = match event {
+            Event::Timer(event) => return self.timers.push(Reverse(Scheduled { nanos, number, event })),
+            Event::Received(..) => &mut self.received,
+            Event::Acknowledged(..) => &mut self.acknowledged,
+            Event::Extended(..) => &mut self.extended,
+        };
+        queue.push_back(Scheduled { nanos, number, event });
     }
 
-    fn next(&mut self) -> Option<(Duration, Event)> {
-        let key = |one: &Scheduled| (one.nanos, one.number);
-        let heads = [self.heap.peek().map(|one| &one.0), self.acknowledged.front(), self.received.front()];
-        let (first, _) =
-            heads.iter().enumerate().filter_map(|(i, one)| Some((i, key((*one)?)))).min_by_key(|one| one.1)?;
-        let next = match first {
-            0 => self.heap.pop()?.0,
-            1 => self.acknowledged.pop_front()?,
-            _ => self.received.pop_front()?,
-        };
+    /// Removes and returns the first event, with its time.
+    fn pop(&mut self) -> Option<(Duration, Event)> {
+        let mut first = None;
+        for queue in [&mut self.received, &mut self.acknowledged, &mut self.extended] {
+            if let Some(key) = queue.front().map(Scheduled::key)
+                && first.as_ref().is_none_or(|(earliest, _)| key < *earliest)
+            {
+                first = Some((key, queue));
+            }
+        }
+        if let Some(timer) = self.timers.peek()
+            && first.as_ref().is_none_or(|(earliest, _)| timer.0.key() < *earliest)
+        {
+            let timer = self.timers.pop()?.0;
+            return Some((Duration::from_nanos(timer.nanos), Event::Timer(timer.event)));
+        }
+        let next = first?.1.pop_front()?;
         Some((Duration::from_nanos(next.nanos), next.event))
     }
 }
@@ -411,10 +433,10 @@ impl<'a> Simulation<'a> {
             self.limit_s = slowest * times[times.len() / 2];
         }
         self.coordinator.admit(&mut self.work, self.now);
-        self.after(EXPIRY_CHECK, Event::Expiry);
+        self.after(EXPIRY_CHECK, Event::Timer(Timer::Expiry));
         // A run that makes no progress for this long has lost a group.
         let patience = 20 * (self.setting.step + self.setting.lease) + 50 * self.setting.transfer;
-        while let Some((now, event)) = self.events.next() {
+        while let Some((now, event)) = self.events.pop() {
             self.now = now;
             self.outcome.stalled = self.now > self.progress + patience;
             if self.outcome.groups == self.setting.groups() || self.outcome.stalled {
@@ -430,9 +452,9 @@ impl<'a> Simulation<'a> {
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Trained => self.finish_training(),
-            Event::Expiry => {
-                self.after(EXPIRY_CHECK, Event::Expiry);
+            Event::Timer(Timer::Trained) => self.finish_training(),
+            Event::Timer(Timer::Expiry) => {
+                self.after(EXPIRY_CHECK, Event::Timer(Timer::Expiry));
                 self.dispatch();
             }
             Event::Received(place, life, version) if self.lives(place, life) => {
@@ -445,7 +467,7 @@ impl<'a> Simulation<'a> {
                 }
                 self.begin(place);
             }
-            Event::Sampled(place, life) if self.lives(place, life) => self.finish_work(place),
+            Event::Timer(Timer::Sampled(place, life)) if self.lives(place, life) => self.finish_work(place),
             Event::Acknowledged(place, life, lease) if self.lives(place, life) => {
                 // If the lease has expired, the work is done again, and its second result is dropped.
                 let _ = self.work.acknowledge(lease, self.now);
@@ -462,7 +484,7 @@ impl<'a> Simulation<'a> {
                 }
                 self.after(self.setting.lease / 3, event);
             }
-            Event::Died(place, life) if self.lives(place, life) => {
+            Event::Timer(Timer::Died(place, life)) if self.lives(place, life) => {
                 self.outcome.deaths += 1;
                 if let Some(Item { work, began: Some(begun), .. }) = self.workers[place as usize].item.take() {
                     let tokens =
@@ -471,14 +493,14 @@ impl<'a> Simulation<'a> {
                 }
                 self.join(place);
             }
-            Event::Cut(place, life) if self.lives(place, life) => {
+            Event::Timer(Timer::Cut(place, life)) if self.lives(place, life) => {
                 self.workers[place as usize].cut = true;
-                self.after(self.setting.lease * 3 / 2, Event::Connected(place, life));
+                self.after(self.setting.lease * 3 / 2, Event::Timer(Timer::Connected(place, life)));
             }
-            Event::Connected(place, life) if self.lives(place, life) => {
+            Event::Timer(Timer::Connected(place, life)) if self.lives(place, life) => {
                 self.workers[place as usize].cut = false;
                 if let Some(wait) = self.random.wait(self.setting.cuts) {
-                    self.after(wait, Event::Cut(place, life));
+                    self.after(wait, Event::Timer(Timer::Cut(place, life)));
                 }
                 if let Some((done, lease)) = self.workers[place as usize].kept.take() {
                     self.hand_over(place, &done, lease);
@@ -502,12 +524,12 @@ impl<'a> Simulation<'a> {
         self.workers[place as usize] = Worker { life, token_s, ..Worker::default() };
         let death = self.random.wait(self.setting.deaths);
         if let Some(wait) = death {
-            self.after(wait, Event::Died(place, life));
+            self.after(wait, Event::Timer(Timer::Died(place, life)));
         }
         // A worker that dies first is not cut off.
         let cut = self.random.wait(self.setting.cuts);
         if let Some(wait) = cut.filter(|wait| death.is_none_or(|death| *wait < death)) {
-            self.after(wait, Event::Cut(place, life));
+            self.after(wait, Event::Timer(Timer::Cut(place, life)));
         }
         self.receive(place);
     }
@@ -570,7 +592,7 @@ impl<'a> Simulation<'a> {
         item.began = Some(Begun { at: self.now, version, before });
         let longest = item.work.seeds.iter().map(|seed| self.setting.lengths.of(*seed)).fold(0.0, f64::max);
         let (life, lasts) = (worker.life, Duration::from_secs_f64((longest - before).max(0.0) * worker.token_s));
-        self.after(lasts, Event::Sampled(place, life));
+        self.after(lasts, Event::Timer(Timer::Sampled(place, life)));
         Some(lasts)
     }
 
@@ -611,7 +633,7 @@ impl<'a> Simulation<'a> {
             && let Some(ready) = self.coordinator.ready.pop_front()
         {
             self.training = Some(ready);
-            self.after(self.setting.step / self.setting.batch as u32, Event::Trained);
+            self.after(self.setting.step / self.setting.batch as u32, Event::Timer(Timer::Trained));
         }
     }
 

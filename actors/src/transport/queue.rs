@@ -1,6 +1,6 @@
 //! The rules of a queue with leases, without threads and with the time as an argument.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,17 +34,35 @@ pub struct Delivered {
 pub struct LeasedQueue {
     name: String,
     limits: QueueLimits,
-    /// Messages by the order in which they were offered.
-    messages: BTreeMap<u64, Message>,
-    /// Order numbers of the messages that wait.
-    waiting: BTreeSet<u64>,
-    /// Ends of leases, with the order numbers of their messages.
-    leases: BTreeSet<(Duration, u64)>,
-    next: u64,
+    /// Messages by the order in which they were offered; `None` where one is removed. The first one is not removed.
+    messages: VecDeque<Option<Message>>,
+    /// Order number of the first entry of `messages`.
+    first: u64,
+    /// Number of messages that are not removed.
+    count: usize,
+    /// Order number of the first message that was never delivered. All later ones were not delivered either.
+    fresh: u64,
+    /// Order numbers of the messages that were delivered and wait again.
+    returned: BTreeSet<u64>,
+    /// Leases in the order of their ends. Those that were ended or begun again stay for a while.
+    leases: VecDeque<Term>,
+    /// Number of leases that were begun.
+    begun: u64,
     /// Identifiers of all messages that the queue has or remembers.
     known: HashSet<Arc<str>>,
     /// Identifiers of messages that it had, with the end of the time for which it remembers them.
     past: VecDeque<(Duration, Arc<str>)>,
+}
+
+/// Term of a lease.
+#[derive(Debug, Clone, Copy)]
+struct Term {
+    /// End of the lease.
+    until: Duration,
+    /// Order number of the leased message.
+    message: u64,
+    /// Number of the lease.
+    number: u64,
 }
 
 #[derive(Debug)]
@@ -52,8 +70,8 @@ struct Message {
     id: Arc<str>,
     body: Arc<[u8]>,
     deliveries: u64,
-    /// End of the present lease.
-    until: Option<Duration>,
+    /// Number of the present lease.
+    lease: Option<u64>,
 }
 
 impl LeasedQueue {
@@ -62,10 +80,13 @@ impl LeasedQueue {
         Self {
             name: name.to_owned(),
             limits,
-            messages: BTreeMap::new(),
-            waiting: BTreeSet::new(),
-            leases: BTreeSet::new(),
-            next: 0,
+            messages: VecDeque::new(),
+            first: 0,
+            count: 0,
+            fresh: 0,
+            returned: BTreeSet::new(),
+            leases: VecDeque::new(),
+            begun: 0,
             known: HashSet::new(),
             past: VecDeque::new(),
         }
@@ -91,14 +112,13 @@ impl LeasedQueue {
         if self.known.contains(id) {
             return Ok(Offered::Duplicate);
         }
-        if self.messages.len() >= self.limits.messages {
+        if self.count >= self.limits.messages {
             return Err(TransportError::Full { queue: self.name.clone(), limit: self.limits.messages });
         }
         let id: Arc<str> = id.into();
         self.known.insert(Arc::clone(&id));
-        self.messages.insert(self.next, Message { id, body, deliveries: 0, until: None });
-        self.waiting.insert(self.next);
-        self.next += 1;
+        self.messages.push_back(Some(Message { id, body, deliveries: 0, lease: None }));
+        self.count += 1;
         Ok(Offered::Accepted)
     }
 
@@ -107,13 +127,12 @@ impl LeasedQueue {
         self.expire(now);
         let mut pulled = Vec::new();
         while pulled.len() < most
-            && let Some(number) = self.waiting.pop_first()
+            && let Some(number) = self.pop_waiting()
         {
-            let Some(message) = self.messages.get_mut(&number) else { continue };
+            let lease = self.begin_lease(number, now);
+            let Some(message) = self.message(number) else { continue };
             message.deliveries += 1;
-            let until = now + self.limits.lease;
-            message.until = Some(until);
-            self.leases.insert((until, number));
+            message.lease = Some(lease);
             pulled.push(Delivered {
                 lease: LeaseId { message: number, delivery: message.deliveries },
                 id: Arc::clone(&message.id),
@@ -129,10 +148,9 @@ impl LeasedQueue {
     /// # Errors
     /// If it has expired.
     pub fn extend(&mut self, lease: LeaseId, now: Duration) -> Result<(), TransportError> {
-        let until = now + self.limits.lease;
-        let old = self.leased(lease, now)?.until.replace(until);
-        self.end_lease(old, lease);
-        self.leases.insert((until, lease.message));
+        self.leased(lease, now)?;
+        let begun = self.begin_lease(lease.message, now);
+        self.leased(lease, now)?.lease = Some(begun);
         Ok(())
     }
 
@@ -141,12 +159,16 @@ impl LeasedQueue {
     /// # Errors
     /// If the lease has expired.
     pub fn acknowledge(&mut self, lease: LeaseId, now: Duration) -> Result<(), TransportError> {
-        let message = self.leased(lease, now)?;
-        let (id, old) = (Arc::clone(&message.id), message.until);
-        self.end_lease(old, lease);
-        self.messages.remove(&lease.message);
-        let until = now + REMEMBERED;
-        self.past.push_back((until, id));
+        self.leased(lease, now)?;
+        let place = self.place(lease.message);
+        let Some(Message { id, .. }) = place.and_then(|place| self.messages.get_mut(place)?.take()) else {
+            return Err(TransportError::Expired);
+        };
+        self.count -= 1;
+        while self.messages.pop_front_if(|message| message.is_none()).is_some() {
+            self.first += 1;
+        }
+        self.past.push_back((now + REMEMBERED, id));
         Ok(())
     }
 
@@ -155,45 +177,186 @@ impl LeasedQueue {
     /// # Errors
     /// If the lease has expired.
     pub fn give_back(&mut self, lease: LeaseId, now: Duration) -> Result<(), TransportError> {
-        let old = self.leased(lease, now)?.until.take();
-        self.end_lease(old, lease);
-        self.waiting.insert(lease.message);
+        self.leased(lease, now)?.lease = None;
+        self.returned.insert(lease.message);
         Ok(())
     }
 
     /// Returns the number of messages.
     pub fn depth(&mut self, now: Duration) -> Depth {
         self.expire(now);
-        Depth { waiting: self.waiting.len(), leased: self.messages.len() - self.waiting.len() }
+        let never_delivered = (self.first + self.messages.len() as u64).saturating_sub(self.fresh) as usize;
+        let waiting = never_delivered + self.returned.len();
+        Depth { waiting, leased: self.count - waiting }
     }
 
     /// Returns the end of the lease that expires first.
-    pub fn first_expiry(&self) -> Option<Duration> {
-        self.leases.first().map(|(until, _)| *until)
+    pub fn first_expiry(&mut self) -> Option<Duration> {
+        while let Some(term) = self.leases.front().copied() {
+            if self.is_current(term) {
+                return Some(term.until);
+            }
+            self.leases.pop_front();
+        }
+        None
     }
 
-    fn end_lease(&mut self, until: Option<Duration>, lease: LeaseId) {
-        if let Some(until) = until {
-            self.leases.remove(&(until, lease.message));
+    /// Removes and returns the order number of the oldest waiting message.
+    fn pop_waiting(&mut self) -> Option<u64> {
+        // A message that was delivered is older than all that were not.
+        if let Some(number) = self.returned.pop_first() {
+            return Some(number);
         }
+        let number = self.fresh;
+        (number < self.first + self.messages.len() as u64).then(|| {
+            self.fresh += 1;
+            number
+        })
+    }
+
+    fn place(&self, message: u64) -> Option<usize> {
+        usize::try_from(message.checked_sub(self.first)?).ok()
+    }
+
+    fn message(&mut self, number: u64) -> Option<&mut Message> {
+        let place = self.place(number)?;
+        self.messages.get_mut(place)?.as_mut()
+    }
+
+    /// Records the term of a lease that begins now, and returns the lease's number.
+    fn begin_lease(&mut self, message: u64, now: Duration) -> u64 {
+        self.begun += 1;
+        let term = Term { until: now + self.limits.lease, message, number: self.begun };
+        if self.leases.len() > 2 * self.count + 64 {
+            let leases = std::mem::take(&mut self.leases);
+            self.leases = leases.into_iter().filter(|term| self.is_current(*term)).collect();
+        }
+        // A later lease ends earlier only if the limit was made shorter.
+        let place = self.leases.iter().rposition(|earlier| earlier.until <= term.until).map_or(0, |place| place + 1);
+        self.leases.insert(place, term);
+        self.begun
+    }
+
+    /// Returns whether the lease of a term has neither ended nor begun again.
+    fn is_current(&self, term: Term) -> bool {
+        let message = self.place(term.message).and_then(|place| self.messages.get(place)?.as_ref());
+        message.is_some_and(|message| message.lease == Some(term.number))
     }
 
     /// Makes messages whose lease has expired wait again.
     fn expire(&mut self, now: Duration) {
-        while let Some((until, number)) = self.leases.first().copied().filter(|(until, _)| *until <= now) {
-            self.leases.remove(&(until, number));
-            if let Some(message) = self.messages.get_mut(&number) {
-                message.until = None;
-                self.waiting.insert(number);
+        while let Some(term) = self.leases.pop_front_if(|term| term.until <= now) {
+            if self.is_current(term)
+                && let Some(message) = self.message(term.message)
+            {
+                message.lease = None;
+                self.returned.insert(term.message);
             }
         }
     }
 
     fn leased(&mut self, lease: LeaseId, now: Duration) -> Result<&mut Message, TransportError> {
         self.expire(now);
-        self.messages
-            .get_mut(&lease.message)
-            .filter(|message| message.until.is_some() && message.deliveries == lease.delivery)
+        self.message(lease.message)
+            .filter(|message| message.lease.is_some() && message.deliveries == lease.delivery)
             .ok_or(TransportError::Expired)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A queue that looks at all of its messages in each operation.
+    #[derive(Default)]
+    struct Plain {
+        messages: Vec<(u64, u64, Option<Duration>)>,
+        offered: u64,
+    }
+
+    impl Plain {
+        fn expire(&mut self, now: Duration) {
+            for (_, _, until) in &mut self.messages {
+                *until = until.filter(|until| *until > now);
+            }
+        }
+
+        fn pull(&mut self, most: usize, until: Duration) -> Vec<LeaseId> {
+            let waiting = self.messages.iter_mut().filter(|(_, _, until)| until.is_none()).take(most);
+            let lease = |(number, deliveries, end): &mut (u64, u64, Option<Duration>)| {
+                (*deliveries, *end) = (*deliveries + 1, Some(until));
+                LeaseId { message: *number, delivery: *deliveries }
+            };
+            waiting.map(lease).collect()
+        }
+
+        fn leased(&mut self, lease: LeaseId) -> Option<usize> {
+            let is_leased = |(number, deliveries, until): &(u64, u64, Option<Duration>)| {
+                (*number, *deliveries) == (lease.message, lease.delivery) && until.is_some()
+            };
+            self.messages.iter().position(is_leased)
+        }
+    }
+
+    #[test]
+    fn random_operations_have_the_results_of_a_queue_that_looks_at_all_messages() {
+        let seconds = Duration::from_secs;
+        let limits = |lease| QueueLimits { lease: seconds(lease), messages: 40, bytes: 8 };
+        let (mut queue, mut plain) = (LeasedQueue::new("q", limits(10)), Plain::default());
+        let (mut state, mut now, mut lease, mut held) = (1u64, Duration::ZERO, 10, Vec::<LeaseId>::new());
+        let mut draw = |below: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % below
+        };
+        for step in 0..20_000 {
+            plain.expire(now);
+            let one = (!held.is_empty()).then(|| held[draw(held.len() as u64) as usize]);
+            match (draw(8), one) {
+                (0 | 1, _) => {
+                    let offered = queue.offer(&step.to_string(), Arc::from([0u8]), now);
+                    assert_eq!(offered.is_ok(), plain.messages.len() < 40);
+                    if offered.is_ok() {
+                        plain.messages.push((plain.offered, 0, None));
+                        plain.offered += 1;
+                    }
+                }
+                (2 | 3, _) => {
+                    let most = draw(4) as usize;
+                    let pulled: Vec<LeaseId> = queue.pull(most, now).iter().map(|one| one.lease).collect();
+                    assert_eq!(pulled, plain.pull(most, now + seconds(lease)));
+                    held.extend(pulled);
+                }
+                (4, Some(one)) => {
+                    let place = plain.leased(one);
+                    assert_eq!(queue.acknowledge(one, now).is_ok(), place.is_some());
+                    place.map(|place| plain.messages.remove(place));
+                    held.retain(|other| *other != one);
+                }
+                (5, Some(one)) => {
+                    let place = plain.leased(one);
+                    assert_eq!(queue.give_back(one, now).is_ok(), place.is_some());
+                    if let Some(place) = place {
+                        plain.messages[place].2 = None;
+                    }
+                }
+                (6, Some(one)) => {
+                    let place = plain.leased(one);
+                    assert_eq!(queue.extend(one, now).is_ok(), place.is_some());
+                    if let Some(place) = place {
+                        plain.messages[place].2 = Some(now + seconds(lease));
+                    }
+                }
+                _ if draw(40) == 0 => {
+                    lease = 1 + draw(20);
+                    queue.set_limits(limits(lease));
+                }
+                _ => now += seconds(draw(3)),
+            }
+            plain.expire(now);
+            let leased = plain.messages.iter().filter(|(_, _, until)| until.is_some()).count();
+            assert_eq!(queue.depth(now), Depth { waiting: plain.messages.len() - leased, leased });
+            assert_eq!(queue.first_expiry(), plain.messages.iter().filter_map(|(_, _, until)| *until).min());
+            assert!(queue.leases.len() <= 2 * queue.count + 65, "leases that ended are removed");
+        }
     }
 }

@@ -287,7 +287,8 @@ pub fn is_redone(result: &str) -> bool {
 /// # Errors
 /// If it cannot be encoded.
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
-    let mut bytes = MAGIC.to_vec();
+    let mut bytes = Vec::with_capacity(256);
+    bytes.extend(MAGIC);
     bytes.extend(PROTOCOL.to_le_bytes());
     postcard::to_extend(value, bytes).context("a message cannot be encoded")
 }
