@@ -125,7 +125,7 @@ def score_unit(work, results, name, decoding, log):
     with gzip.open(results / f"{name}.answers.json.gz", "rt") as file:
         given = json.load(file)[decoding]
     rows = read(work / "data" / f"{DECODINGS[decoding][0]}.jsonl")
-    scored = score_rows(work, f"{name}-{decoding}", rows, given, log)
+    scored = score_rows(work, f"{Path(name).name}-{decoding}", rows, given, log)
     columns = {key: [None if row[key] is None else round(row[key], 4) for row in scored] for key in scored[0]}
     with gzip.open(results / f"{name}.scores-{decoding}.json.gz", "wt") as file:
         json.dump(columns, file)

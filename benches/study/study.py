@@ -87,22 +87,29 @@ def run(arguments):
 
 
 def score(arguments):
-    """Scores the answers of finished units that have no scores of this kind yet."""
+    """Scores the answers of finished units and of their starts that have no scores of this kind yet."""
     make_data(arguments)
-    for arm, seed in selected(arguments):
-        name = f"{arm}-{seed}"
+    names = [f"{arm}-{seed}" for arm, seed in selected(arguments)]
+    starts = {start_of(arm, seed) for arm, seed in selected(arguments)}
+    for name in dict.fromkeys([*names, *sorted(starts - {None})]):
         answered = (RESULTS / f"{name}.answers.json.gz").exists()
         if answered and not (RESULTS / f"{name}.scores-{arguments.split}.json.gz").exists():
-            log = arguments.work / "logs" / f"{name}.log"
+            log = arguments.work / "logs" / f"{Path(name).name}.log"
             print(name, evaluate.score_unit(arguments.work, RESULTS, name, arguments.split, log), flush=True)
+
+
+def start_of(arm, seed):
+    """Returns the name of the answers of a finished unit's start, or None if the unit is not finished."""
+    file = units.result_file(RESULTS, arm, seed)
+    return units.start_name(RESULTS, seed, json.loads(file.read_text())["start"]) if file.exists() else None
 
 
 def compare(arguments):
     """Lets Gemma compare the answers of finished units with those of their starts."""
     make_data(arguments)
     for arm, seed in selected(arguments):
-        name, start = f"{arm}-{seed}", f"sft-{seed}"
-        answered = all((RESULTS / f"{unit}.answers.json.gz").exists() for unit in (name, start))
+        name, start = f"{arm}-{seed}", start_of(arm, seed)
+        answered = start and all((RESULTS / f"{unit}.answers.json.gz").exists() for unit in (name, start))
         if arm != "sft" and answered and not (RESULTS / f"{name}.gemma-{arguments.split}.json.gz").exists():
             log = arguments.work / "logs" / f"{name}.log"
             print(name, evaluate.compare_unit(arguments.work, RESULTS, name, start, arguments.split, log), flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import intervals
 import plots
 import program
+import units as studied
 
 SHOWN = [
     ("rouge_l", "ROUGE-L", 100),
@@ -26,9 +27,9 @@ def units(results):
     return found
 
 
-def scores(results, arm, seed, decoding):
-    """Returns the scores of a unit by prompt, or None if they are missing."""
-    file = results / f"{arm}-{seed}.scores-{decoding}.json.gz"
+def scores(results, name, decoding):
+    """Returns the scores of the answers of this name by prompt, or None if they are missing."""
+    file = results / f"{name}.scores-{decoding}.json.gz"
     if not file.exists():
         return None
     with gzip.open(file, "rt") as text:
@@ -41,11 +42,20 @@ def _cell(found, scale=100.0, digits=1, sign=False):
     return f"{value * scale:{plus}.{digits}f} [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
 
 
+def start_scores(results, unit, decoding):
+    """Returns the scores of the start of a finished unit, or None if they are missing."""
+    return scores(results, studied.start_name(results, unit["seed"], unit["start"]), decoding)
+
+
 def _both(results, finished, arm, other, decoding):
-    """Returns the scores of two arms for the seeds that both have."""
+    """Returns the scores of two arms for the seeds that both have. An arm is paired with its own start if the other is `sft`."""
     pairs = []
-    for seed in sorted(set(finished.get(arm, {})) & set(finished.get(other, {}))):
-        a, b = (scores(results, name, seed, decoding) for name in (arm, other))
+    for seed, unit in sorted(finished.get(arm, {}).items()):
+        a = scores(results, f"{arm}-{seed}", decoding)
+        if other == "sft":
+            b = start_scores(results, unit, decoding)
+        else:
+            b = scores(results, f"{other}-{seed}", decoding) if seed in finished.get(other, {}) else None
         if a and b:
             pairs.append((a, b))
     return [a for a, _ in pairs], [b for _, b in pairs]
@@ -76,7 +86,7 @@ def gemma_table(results, finished, decoding):
         rows, words, start = [], [], []
         for seed in sorted(seeds):
             file = results / f"{arm}-{seed}.gemma-{decoding}.json.gz"
-            both = [scores(results, name, seed, decoding) for name in (arm, "sft")]
+            both = [scores(results, f"{arm}-{seed}", decoding), start_scores(results, seeds[seed], decoding)]
             if file.exists() and all(both):
                 with gzip.open(file, "rt") as text:
                     rows.append([value or 0.0 for value in json.load(text)])
@@ -215,11 +225,11 @@ def ordered(results, order):
     finished = units(results)
     if not finished:
         raise program.StudyError(f"{results} has no finished unit; run `study.py run` first")
-    for seed in {seed for of_arm in finished.values() for seed in of_arm}:
-        starts = {arm: seeds[seed].get("start") for arm, seeds in finished.items() if seed in seeds}
-        if len(set(starts.values())) > 1:
-            # A start that is trained again with another version of the program may differ in its last bits.
-            raise program.StudyError(f"the arms of seed {seed} did not begin with the same fine-tuned policy: {starts}; run them again")
+    for arm, seeds in finished.items():
+        for seed, unit in seeds.items():
+            name = studied.start_name(results, seed, unit["start"])
+            if not (results / f"{name}.answers.json.gz").exists():
+                raise program.StudyError(f"the start of {arm} with seed {seed} has no answers ({name}); run the unit again")
     return dict(sorted(finished.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
@@ -251,7 +261,7 @@ def page(results, order, docs, decoding="test"):
     base = some["base"]
     parts["steps"] = str(base["run"]["steps"])
     parts["completions"] = str(base["learner"]["batch_groups"] * base["rollout"]["group_size"])
-    scored = scores(results, *next((arm, seed) for arm, seeds in finished.items() for seed in seeds), decoding)
+    scored = scores(results, next(f"{arm}-{seed}" for arm, seeds in finished.items() for seed in seeds), decoding)
     if scored is None:
         raise program.StudyError(f"no {decoding} answers are scored; run `study.py evaluate --split {decoding}` first")
     parts["prompts"] = f"{len(scored['words']):,}"

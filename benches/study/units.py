@@ -33,13 +33,44 @@ def start(work, seed, threads):
     folder = work / "runs" / f"sft-{seed}"
     with program.lock(work, f"start-{seed}"):
         if not (folder / "done").exists():
-            shutil.rmtree(folder, ignore_errors=True)
             settings = {**common(work, seed, threads), **arms()["sft"]["set"], "run.steps": 1, "learner.lr": 1e-12}
             settings |= evaluate.encoder_settings(work)
             train(work, folder, settings, f"sft-{seed}", threads)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             (folder / "done").touch()
     return folder / "reference"
+
+
+def start_name(results, seed, fingerprint):
+    """Returns the name of the answers of an arm's start: `sft-<seed>`, or that of a start with other weights.
+
+    On a processor of another kind the fine-tuned policy of a seed is another one, since its sums are rounded otherwise.
+    """
+    file = result_file(results, "sft", seed)
+    same = not file.exists() or json.loads(file.read_text())["start"] == fingerprint
+    return f"sft-{seed}" if same else f"starts/sft-{seed}-{fingerprint}"
+
+
+def answer_start(work, results, seed, model, log):
+    """Writes answers and scores of a start that is not the one of the unit `sft`, if they are missing."""
+    name = start_name(results, seed, fingerprint(model))
+    if not name.startswith("starts/"):
+        return
+    with program.lock(work, f"start-{seed}"):
+        if not (results / f"{name}.scores-development.json.gz").exists():
+            (results / "starts").mkdir(exist_ok=True)
+            answer(work, results, name, model, log, seed)
+
+
+def answer(work, results, name, model, log, seed):
+    """Writes a policy's answers to the prompts of all splits, with the scores of the development prompts; returns these."""
+    given = {
+        decoding: evaluate.answers(work, model, split, temperature, log, seed)
+        for decoding, (split, temperature) in evaluate.DECODINGS.items()
+    }
+    with gzip.open(results / f"{name}.answers.json.gz", "wt") as file:
+        json.dump(given, file)
+    return evaluate.score_unit(work, results, name, "development", log)
 
 
 def fingerprint(model):
@@ -58,7 +89,7 @@ def train(work, folder, settings, name, threads):
     """Trains until the run's last step; an interrupted run is resumed from its checkpoint."""
     arguments = ["train", program.config(work), "--run-dir", folder]
     if folder.exists():
-        if any((folder / "checkpoints").glob("step-*")):
+        if any(folder.glob("checkpoints/step-*")) or any(folder.glob("fine-tuning/checkpoints/step-*")):
             arguments.append("--resume")
         else:
             shutil.rmtree(folder)
@@ -118,6 +149,7 @@ def run(work, results, arm, seed, threads):
     log, model, path = work / "logs" / f"{name}.log", start(work, seed, threads), []
     begun = fingerprint(model)
     if arm != "sft":
+        answer_start(work, results, seed, model, work / "logs" / f"start-{seed}.log")
         folder = work / "runs" / name
         settings = {**common(work, AFTER_FINE_TUNING + seed, threads), "policy.model": str(model), **plan["set"]}
         if settings.get("labeler.model") == "minilm":
@@ -128,14 +160,8 @@ def run(work, results, arm, seed, threads):
         model, path = max((folder / "checkpoints").glob("step-*")), course(work, folder, log)
     trained = time.time()
     result = {"arm": arm, "seed": seed, "set": plan["set"], "pairs": plan.get("pairs"), "base": program.base(), "start": begun, "path": path}
-    given = {} if not plan.get("answers", True) else {
-        decoding: evaluate.answers(work, model, split, temperature, log, seed)
-        for decoding, (split, temperature) in evaluate.DECODINGS.items()
-    }
-    if given:
-        with gzip.open(results / f"{name}.answers.json.gz", "wt") as file:
-            json.dump(given, file)
-        result["development"] = evaluate.score_unit(work, results, name, "development", log)
+    if plan.get("answers", True):
+        result["development"] = answer(work, results, name, model, log, seed)
     result["minutes"] = {"training": round((trained - began) / 60, 1), "evaluation": round((time.time() - trained) / 60, 1)}
     result_file(results, arm, seed).write_text(json.dumps(result) + "\n")
     if arm != "sft":
