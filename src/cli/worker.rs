@@ -9,13 +9,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
 
-use crate::config::{WeightsPlace, check_board, check_nats};
+use crate::config::{EngineKind, WeightsPlace, check_board, check_nats};
 use crate::observe::serve::{Probes, serve_probes};
 use crate::observe::telemetry;
-use crate::pipeline::cluster::worker::host;
+use crate::pipeline::cluster::worker::{ServersPlan, host};
 use crate::pipeline::cluster::{Health, Nats, NatsPlan, Observed, StorePlan, StoreToken, WorkerPlan, judge, work};
 use crate::pipeline::generate::MAX_SLOTS;
 use crate::status;
+use crate::util::endpoint::Endpoint;
 use crate::util::exit::{Ended, before_work};
 use crate::util::process::cores;
 use crate::util::{device, signals};
@@ -27,6 +28,13 @@ enum Role {
     Rollout,
     /// Answers for the run's judges.
     Label,
+}
+
+/// Kind of inference servers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ServerKind {
+    Vllm,
+    Sglang,
 }
 
 /// Arguments of `preceptor worker`.
@@ -73,7 +81,25 @@ pub struct Worker {
     /// only, and requires no token. Without this option the worker listens nowhere.
     #[arg(long, value_name = "ADDR")]
     metrics_listen: Option<SocketAddr>,
-    /// Number of completions that are sampled concurrently, with --role rollout. On a CPU at most 64. The default is 32.
+    /// Inference servers that sample in place of this process. They must have the run's model, be on this machine, and
+    /// work for no other worker (docs/served.md). This process then keeps a copy of the weights, to check the servers.
+    #[arg(long, value_enum, requires = "server")]
+    engine: Option<ServerKind>,
+    /// Address of an inference server, such as http://127.0.0.1:8000. May be given several times.
+    #[arg(long, value_name = "URL", requires = "engine", value_parser = |url: &str| Endpoint::parse(url).map(|_| url.to_owned()))]
+    server: Vec<String>,
+    /// Environment variable that holds the servers' API key.
+    #[arg(long, value_name = "NAME", requires = "engine")]
+    api_key_env: Option<String>,
+    /// Folder for the weights that the servers are handed; they must be able to read it under the same path. Each worker
+    /// uses a separate folder below it. The default is `served` in $PRECEPTOR_CACHE or ~/.cache/preceptor.
+    #[arg(long, value_name = "DIR", requires = "engine")]
+    weights_dir: Option<PathBuf>,
+    /// Accepts servers of versions that this program was not tested with.
+    #[arg(long, requires = "engine")]
+    any_server_version: bool,
+    /// Number of completions that are sampled concurrently, with --role rollout. On a CPU at most 64; with --engine this is the number
+    /// of completions under way on all servers. The default is 32.
     #[arg(long)]
     slots: Option<usize>,
     /// Number of threads. The default is the number of cores.
@@ -133,8 +159,20 @@ impl Worker {
             );
             return Err(refused(text).into());
         }
+        if let (Role::Label, Some(_)) = (self.role, self.engine) {
+            let text =
+                "--engine is for --role rollout; a judge on a server is asked by the node (labeler.remote)".to_owned();
+            return Err(refused(text).into());
+        }
+        let servers = self.engine.map(|kind| ServersPlan {
+            kind: if kind == ServerKind::Sglang { EngineKind::Sglang } else { EngineKind::Vllm },
+            servers: self.server,
+            api_key_env: self.api_key_env,
+            folder: self.weights_dir,
+            check_version: !self.any_server_version,
+        });
         let slots = self.slots.unwrap_or(32);
-        if self.device == "cpu" && slots > MAX_SLOTS {
+        if servers.is_none() && self.device == "cpu" && slots > MAX_SLOTS {
             let text = format!("--slots {slots}: a CPU samples at most {MAX_SLOTS} completions at once");
             return Err(refused(text).into());
         }
@@ -166,6 +204,7 @@ impl Worker {
             name,
             store,
             slots,
+            servers,
             drain: self.drain,
             patience: self.patience,
             health: Arc::clone(&health),

@@ -280,6 +280,8 @@ impl Cluster {
                 in_flight: true,
                 weights: "f32".into(),
                 kernels_for: Some(KERNELS_FOR),
+                corrects: true,
+                longest_prompt: 16,
             },
             bounds: Bounds { rows: model.config().vocab_size, max_new_tokens: own.max_new_tokens },
             lora: lora.map(|lora| LoraNotice { rank: lora.rank, alpha: lora.alpha, targets: lora.targets.clone() }),
@@ -305,17 +307,21 @@ impl Cluster {
     }
 
     pub(crate) fn worker_with(&self, name: &str, store: StorePlan, health: Arc<Health>) -> Worker {
-        let (transport, notices) = (Arc::clone(&self.transport), Arc::clone(&self.notices));
-        let stop = Arc::new(AtomicBool::new(false));
-        let plan = WorkerPlan {
+        self.start_worker(WorkerPlan {
             run: "test".into(),
             name: name.into(),
             store,
             slots: GROUP,
+            servers: None,
             drain: PATIENCE,
             patience: PATIENCE,
             health,
-        };
+        })
+    }
+
+    pub(crate) fn start_worker(&self, plan: WorkerPlan) -> Worker {
+        let (transport, notices) = (Arc::clone(&self.transport), Arc::clone(&self.notices));
+        let stop = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&stop);
         let run = move || work(&plan, &Device::Cpu, &*transport, &*notices, &flag);
         Worker { stop, thread: std::thread::spawn(run) }
@@ -354,7 +360,7 @@ impl Cluster {
     }
 
     /// Waits until nothing is in the queues.
-    fn drained(&self) {
+    pub(crate) fn drained(&self) {
         let names = QueueNames::of("test", 1);
         let began = Instant::now();
         let left = |queue: &str| self.transport.depth(queue).unwrap();
@@ -371,7 +377,7 @@ impl Drop for Cluster {
     }
 }
 
-fn prompt(seq: u64) -> Prompt {
+pub(crate) fn prompt(seq: u64) -> Prompt {
     Prompt::new(seq, "", (0..4 + seq as u32 % 5).map(|i| 60 + i + seq as u32).collect::<Vec<u32>>())
 }
 

@@ -71,6 +71,8 @@ impl Run {
                 in_flight: false,
                 weights: "f32".into(),
                 kernels_for: None,
+                corrects: false,
+                longest_prompt: 0,
             },
             bounds: Bounds { rows: 259, max_new_tokens: 8 },
             lora: None,
@@ -96,7 +98,7 @@ impl Run {
     fn plan(name: &str) -> WorkerPlan {
         let (run, name) = ("test".into(), name.into());
         let (store, health) = (StorePlan::default(), Arc::default());
-        WorkerPlan { run, name, store, slots: 8, drain: PATIENCE, patience: PATIENCE, health }
+        WorkerPlan { run, name, store, slots: 8, servers: None, drain: PATIENCE, patience: PATIENCE, health }
     }
 
     fn worker(&self, name: &str) -> Worker {

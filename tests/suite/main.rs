@@ -34,6 +34,7 @@ mod reward_model;
 mod running;
 mod secrets;
 mod served;
+mod served_workers;
 mod sharing;
 mod simulation;
 mod smollm2;

@@ -210,7 +210,7 @@ impl WorkerStore {
 
 /// Returns a folder below `run` that no other process uses, with its lock. A folder that an earlier process left is used
 /// again, so that its downloads continue.
-fn own_folder(run: &Path) -> Result<(PathBuf, std::fs::File)> {
+pub(super) fn own_folder(run: &Path) -> Result<(PathBuf, std::fs::File)> {
     for number in 0..MOST_WORKERS {
         let folder = run.join(number.to_string());
         std::fs::create_dir_all(&folder)

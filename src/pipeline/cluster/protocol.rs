@@ -178,6 +178,12 @@ pub struct SamplingNotice {
     /// own number.
     #[serde(default)]
     pub kernels_for: Option<usize>,
+    /// True if the learner corrects for log-probabilities that differ slightly from its own, as those of inference servers.
+    #[serde(default)]
+    pub corrects: bool,
+    /// Number of tokens of the longest prompt; 0 if it is not known.
+    #[serde(default)]
+    pub longest_prompt: usize,
 }
 
 /// The newest weights of a run.

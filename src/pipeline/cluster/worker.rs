@@ -4,6 +4,7 @@
 //! It may join and leave at any moment: work that it does not finish is delivered to another worker.
 
 mod lineage;
+mod sampler;
 
 use std::cell::Cell;
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ use super::notices::Notices;
 use super::protocol::{OLDEST_PROTOCOL, PROTOCOL, RUN, RunNotice, RunState, is_compatible, shut_out};
 use crate::status;
 use lineage::Lineage;
+pub use sampler::ServersPlan;
 
 /// Time between two signs of life.
 pub(super) const PULSE: Duration = Duration::from_secs(5);
@@ -42,6 +44,8 @@ pub struct WorkerPlan {
     pub store: StorePlan,
     /// Number of concurrent completions.
     pub slots: usize,
+    /// Inference servers that sample; `None` if this process does.
+    pub servers: Option<ServersPlan>,
     /// Time to finish work after the worker is told to stop.
     pub drain: Duration,
     /// Time to wait for the run to be announced, after which the worker gives up.

@@ -49,6 +49,19 @@ impl ServedEngine {
         }
     }
 
+    /// Starts `n` completions of `prompt`, with weights of at least the version `min_version`.
+    pub fn submit_from(&mut self, seq: u64, prompt: Arc<[u32]>, n: usize, min_version: u64) {
+        let (fleet, answers) = (Arc::clone(&self.fleet), self.answers.0.clone());
+        let work = async move {
+            let sampled = fleet.sample(&prompt, n, min_version).await;
+            // If the engine was dropped, nobody needs the answer.
+            let _ = answers.send((seq, sampled));
+        };
+        let task = self.fleet.runtime.spawn(work);
+        self.used += n;
+        self.under_way.push((seq, n, task.abort_handle()));
+    }
+
     fn take(&mut self, (seq, sampled): Answer) -> StageResult<Option<SampledGroup>> {
         let Some(at) = self.under_way.iter().position(|(of, ..)| *of == seq) else { return Ok(None) };
         self.used -= self.under_way.swap_remove(at).1;
@@ -67,17 +80,8 @@ impl RolloutEngine for ServedEngine {
     }
 
     fn submit(&mut self, prompt: &Prompt, seeds: Vec<u64>) -> Result<()> {
-        let (fleet, answers) = (Arc::clone(&self.fleet), self.answers.0.clone());
-        let (seq, n, ids) = (prompt.seq, seeds.len(), Arc::clone(&prompt.ids));
-        let min_version = if self.any_version { 0 } else { fleet.min_version(seq) };
-        let work = async move {
-            let sampled = fleet.sample(&ids, n, min_version).await;
-            // If the engine was dropped, nobody needs the answer.
-            let _ = answers.send((seq, sampled));
-        };
-        let task = self.fleet.runtime.spawn(work);
-        self.used += n;
-        self.under_way.push((seq, n, task.abort_handle()));
+        let min_version = if self.any_version { 0 } else { self.fleet.min_version(prompt.seq) };
+        self.submit_from(prompt.seq, Arc::clone(&prompt.ids), seeds.len(), min_version);
         Ok(())
     }
 

@@ -287,9 +287,15 @@ impl Fleet {
     }
 
     /// Returns the reasons of [`Self::reasons`] if no server is usable; empty otherwise.
-    pub(super) fn reasons_of_wait(&self) -> String {
+    pub fn reasons_of_wait(&self) -> String {
         let is_ready = |server: &Arc<Server>| server.state().condition == Condition::Ready;
         if self.servers.iter().any(is_ready) { String::new() } else { format!("waits for servers: {}", self.reasons()) }
+    }
+
+    /// Returns the tokens per second of one completion, as a mean over the servers that have sampled; `None` before that.
+    pub fn pace(&self) -> Option<f64> {
+        let paces: Vec<f64> = self.servers.iter().filter_map(|server| server.state().pace).map(|s| 1.0 / s).collect();
+        (!paces.is_empty()).then(|| paces.iter().sum::<f64>() / paces.len() as f64)
     }
 
     /// Returns whether a ready server has a version that is only too old for a group, so that a hand-over ends the wait.
@@ -378,7 +384,7 @@ impl Fleet {
                 if self.is_out() || (unanswered && !self.has_newer_to_come()) {
                     let after = if last.is_empty() { String::new() } else { format!("; the last failure: {last}") };
                     anyhow::bail!(
-                        "no rollout server could be used for {:.0} s (rollout.outage_s): {}{after}",
+                        "no rollout server could be used for {:.0} s: {}{after}",
                         self.plan.outage.as_secs_f64(),
                         self.reasons()
                     );

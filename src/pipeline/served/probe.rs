@@ -33,7 +33,9 @@ pub(super) async fn probe(
     encode: &dyn Fn(&str) -> Result<Vec<u32>>,
 ) -> Result<Server> {
     let http = Http::new(url, plan.api_key_env.as_deref())?;
-    http.get("/health", QUICK).await.context("it does not answer; start it, or correct rollout.servers")?;
+    http.get("/health", QUICK)
+        .await
+        .context("it does not answer; start it, or correct its address (rollout.servers, or --server of a worker)")?;
     let version = version(plan.kind, &http).await?;
     let tested = if plan.kind == EngineKind::Sglang { SGLANG } else { VLLM };
     let named = if plan.kind == EngineKind::Sglang { "SGLang" } else { "vLLM" };
@@ -41,7 +43,7 @@ pub(super) async fn probe(
         let number = parse(&version).with_context(|| format!("its version {version:?} is not a number"))?;
         ensure!(
             tested[0] <= number && number < tested[1],
-            "it is {named} {version}, and this program was tested with {named} {}.{} only; use that version, or set rollout.check_version = false",
+            "it is {named} {version}, and this program was tested with {named} {}.{} only; use that version, or set rollout.check_version = false (a worker: --any-server-version)",
             tested[0].0,
             tested[0].1
         );

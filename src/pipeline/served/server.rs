@@ -269,7 +269,8 @@ impl Server {
                 // vLLM refuses a name that is loaded already. A name is never reused for other weights.
                 Err(Fault::Refused(why)) if why.contains("already") => Ok(()),
                 Err(Fault::Lost(why)) if self.kind == EngineKind::Vllm => Err(Fault::Refused(format!(
-                    "{why}; start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and let it read rollout.weights_dir"
+                    "{why}; start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and let it read {}",
+                    stored.location
                 ))),
                 other => other.map(drop),
             };

@@ -18,6 +18,7 @@ use super::super::notices::Notices;
 use super::super::protocol::{
     Answer, Done, Pulse, RunNotice, WEIGHTS, WeightsNotice, Work, decode, encode, rest, result_id,
 };
+use super::sampler::{Sampler, Servers};
 use super::{Ended, LOOK, PULL, PULSE, STUCK, Summary, WorkerPlan, host, is_over};
 use crate::config::{Choice, RolloutWeights};
 use crate::lm::model::{Decoder, Lora, ModelConfig, Weights};
@@ -26,10 +27,8 @@ use crate::lm::tokens::Tokenizer;
 use crate::observe::telemetry::worker as telemetry;
 use crate::pipeline::generate::local::{LocalEngine, LocalPlan};
 use crate::pipeline::generate::sampler::Sampling;
-use crate::pipeline::generate::stage::RolloutEngine;
 use crate::pipeline::generate::stop::Stop;
 use crate::status;
-use crate::types::Prompt;
 use crate::util::mutex::lock;
 
 /// Number of decode steps from which on their time is a measure of the pace.
@@ -75,7 +74,9 @@ pub(super) struct Lineage<'a> {
     base: Option<Weights>,
     store: &'a WorkerStore,
     cell: Option<Arc<SnapshotCell<Decoder>>>,
-    engine: Option<LocalEngine>,
+    engine: Option<Sampler>,
+    /// Inference servers, if they sample. They are stopped after the engine.
+    servers: Option<Servers>,
     sampling: Sampling,
     /// Reduced-precision format of the weights for sampling.
     format: Option<Format>,
@@ -136,6 +137,9 @@ impl<'a> Lineage<'a> {
             plan.slots,
             notice.group_size
         );
+        let about = (&sampling, &tokenizer);
+        let connect = |servers| Servers::connect(servers, (&plan.run, plan.slots), notice, &config, about);
+        let servers = plan.servers.as_ref().map(connect).transpose()?;
         Ok(Self {
             plan,
             names: QueueNames::of(&plan.run, notice.lineage),
@@ -146,6 +150,7 @@ impl<'a> Lineage<'a> {
             store,
             cell: None,
             engine: None,
+            servers,
             sampling,
             format,
             versions: HashMap::new(),
@@ -192,7 +197,7 @@ impl<'a> Lineage<'a> {
         let mut drain = None::<Instant>;
         let mut results = Vec::new();
         loop {
-            let used = self.engine.as_ref().map_or(0, RolloutEngine::used);
+            let used = self.engine.as_ref().map_or(0, Sampler::used);
             self.plan.health.working([self.open.len(), self.held.len()], [used, self.plan.slots]);
             if drain.is_none() && stop.load(Ordering::SeqCst) {
                 status!("worker    finishes {} groups within {} s", self.open.len(), self.plan.drain.as_secs());
@@ -216,10 +221,11 @@ impl<'a> Lineage<'a> {
                     Err(_) => String::new(),
                 };
             }
-            let behind = !self.held.is_empty() || self.cell.is_none();
+            let behind = !self.held.is_empty() || self.engine.is_none();
             if looked.is_none_or(|at| at.elapsed() > if behind { LOOK / 4 } else { LOOK }) {
                 looked = Some(Instant::now());
                 self.follow(notices)?;
+                self.begin_engine()?;
                 self.begin_held()?;
             }
             if drain.is_none() && self.cell.is_some() && !self.pull(transport)? {
@@ -228,7 +234,7 @@ impl<'a> Lineage<'a> {
             }
             results.extend(self.advance()?);
             results = self.hand_over(transport, results)?;
-            if self.open.is_empty() && (self.cell.is_none() || !self.held.is_empty()) {
+            if self.open.is_empty() && (self.engine.is_none() || !self.held.is_empty()) {
                 std::thread::sleep(LOOK / 4);
             }
         }
@@ -264,11 +270,17 @@ impl<'a> Lineage<'a> {
             Err(error) => return Err(error),
         };
         self.versions.insert(notice.version, notice.fingerprint);
-        self.plan.health.uses(Some(notice.version));
-        match &self.cell {
-            Some(cell) => cell.publish(notice.version, notice.fingerprint, Arc::new(model)),
+        if let Some(servers) = &self.servers {
+            servers.fetched(notice.version, &dir, notice.adapters);
+        }
+        if let Some(cell) = &self.cell {
+            cell.publish(notice.version, notice.fingerprint, Arc::new(model));
+            return Ok(());
+        }
+        let cell = Arc::new(SnapshotCell::new(notice.version, notice.fingerprint, Arc::new(model)));
+        match &mut self.servers {
+            Some(servers) => servers.begin(&cell)?,
             None => {
-                let cell = Arc::new(SnapshotCell::new(notice.version, notice.fingerprint, Arc::new(model)));
                 let plan = LocalPlan {
                     slots: self.plan.slots,
                     kernels_for: self.notice.sampling.kernels_for.unwrap_or(self.plan.slots),
@@ -276,9 +288,20 @@ impl<'a> Lineage<'a> {
                     format: self.format,
                     device: self.device.clone(),
                 };
-                self.engine = Some(LocalEngine::new(cell.reader(&self.plan.name), &self.sampling, plan));
-                self.cell = Some(cell);
+                self.engine = Some(Sampler::Own(LocalEngine::new(cell.reader(&self.plan.name), &self.sampling, plan)));
             }
+        }
+        self.cell = Some(cell);
+        Ok(())
+    }
+
+    /// Takes up servers that have the first version, and notes the version in use.
+    fn begin_engine(&mut self) -> Result<()> {
+        if let Some(engine) = self.servers.as_mut().map(Servers::engine).transpose()?.flatten() {
+            self.engine = Some(engine);
+        }
+        if let Some(version) = self.newest() {
+            self.plan.health.uses(Some(version));
         }
         Ok(())
     }
@@ -303,12 +326,20 @@ impl<'a> Lineage<'a> {
         Ok(model)
     }
 
+    /// Returns the newest version that completions can be sampled with.
     fn newest(&self) -> Option<u64> {
-        self.cell.as_ref().map(|cell| cell.latest().version)
+        match &self.servers {
+            Some(servers) => servers.version(),
+            None => self.cell.as_ref().map(|cell| cell.latest().version),
+        }
     }
 
     /// Measures the pace of the last seconds, if enough steps were made.
     fn measure(&mut self) {
+        if let Some(Sampler::Served(_, fleet)) = &self.engine {
+            self.pace = fleet.pace();
+            return;
+        }
         let (steps, took) = self.steps;
         if steps >= PACED_STEPS {
             self.pace = Some(steps as f64 / took.as_secs_f64().max(1e-9));
@@ -372,7 +403,7 @@ impl<'a> Lineage<'a> {
                 self.held.push(work);
                 continue;
             }
-            engine.submit(&Prompt::new(work.seq, "", work.ids.clone()), work.seeds.clone())?;
+            engine.submit(&work)?;
             self.open.insert(work.seq, work);
         }
         Ok(())
@@ -460,7 +491,13 @@ impl<'a> Lineage<'a> {
 
     /// Gives a sign of life; the last one if the worker `leaves`.
     fn pulse(&self, notices: &dyn Notices, leaves: bool) -> Result<()> {
+        let of_servers = match &self.engine {
+            Some(Sampler::Served(_, fleet)) => fleet.reasons_of_wait(),
+            _ => String::new(),
+        };
         let waits = match (self.newest(), self.held.iter().map(|work| work.min_version).min()) {
+            _ if !of_servers.is_empty() => of_servers,
+            (None, _) if self.cell.is_some() => "hands the first weights to its servers".into(),
             (None, _) => self.waits_for("weights"),
             (Some(newest), Some(needed)) if self.open.is_empty() && needed > newest => {
                 self.waits_for(&format!("version {needed}"))
@@ -474,7 +511,7 @@ impl<'a> Lineage<'a> {
             program: env!("CARGO_PKG_VERSION").into(),
             host: host(),
             version: self.newest(),
-            used: self.engine.as_ref().map_or(0, RolloutEngine::used),
+            used: self.engine.as_ref().map_or(0, Sampler::used),
             slots: self.plan.slots,
             completions: self.completions,
             tokens: self.summary.tokens,
