@@ -60,7 +60,7 @@ else
     skip "YAML" "python3 has no yaml"
 fi
 
-for kind in base overlays/http overlays/tls overlays/vllm; do
+for kind in base overlays/http overlays/tls overlays/vllm overlays/vllm-workers; do
     if ! has kubectl; then
         skip "kubernetes/$kind" "kubectl is missing"
         continue
@@ -137,6 +137,7 @@ for file in compose/run.toml kubernetes/base/run.toml; do
     check "$file" env PRECEPTOR_TOKEN=0123456789abcdef "$binary" check "$work/run.toml"
 done
 skip kubernetes/overlays/vllm/run.toml "its model is on a hub, and its server in the cluster"
+skip kubernetes/overlays/vllm-workers/run.toml "its model is on a hub"
 
 if ((${#skipped[@]})); then
     echo

@@ -35,7 +35,7 @@ pub use operation::{
 pub use place::WeightsPlace;
 pub use sections::{
     Data, EngineKind, LabelForm, LoraConfig, MatmulPrecision, Mode, Policy, PolicyModel, Reward, RewardModel,
-    RewardScaling, Rollout, RolloutWeights, Run, Scratch, Sft, UpdateMode, WeightDtype,
+    RewardScaling, Rollout, RolloutWeights, Run, Scratch, Sft, UpdateMode, WeightDtype, check_servers,
 };
 
 use crate::pipeline::generate::MAX_SLOTS;

@@ -15,6 +15,8 @@ the script makes: a Hugging Face directory or a GGUF file, such as SmolLM2-135M.
     sharing     two runs that use one server with adapters at the same time
     resume      a run that is resumed from an older checkpoint, on a server that has later versions
     judge       a judge on the server that samples, with and without the prefix cache
+    worker      a worker hands the server its weights, and the run has no server of its own, with adapters and with all weights; the
+                worker is killed once. It needs nats-server
     gains       20 steps on the server and in the process, with four seeds each
     model       log-probabilities and hand-overs of MODEL, with adapters and with all weights
     model-gains 20 steps with MODEL, with two seeds each
@@ -57,7 +59,7 @@ ARGS = ARGUMENTS.parse_args()
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/offline.toml"
 PROGRAM, VLLM, WORK = ARGS.program.resolve(), ARGS.vllm.absolute(), ARGS.work.resolve()
-PORT, NODE = 8197, 9497
+PORT, NODE, BROKER = 8197, 9497, 4297
 SERVER = f"http://127.0.0.1:{PORT}"
 # Largest difference between a recorded log-probability and that of transformers, in nats.
 TOLERANCE = 1e-4
@@ -513,6 +515,46 @@ def judged(run, groups, asked):
     return words
 
 
+@contextlib.contextmanager
+def broker(folder):
+    """A NATS server with JetStream; yields its address."""
+    parts = ["nats-server", "-a", "127.0.0.1", "-p", str(BROKER), "-js", "-sd", str(folder)]
+    process = subprocess.Popen(parts, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield f"nats://127.0.0.1:{BROKER}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def start_worker(name, run, address):
+    """Starts a worker of a run, for which the server samples."""
+    parts = [PROGRAM, "worker", "--join", address, "--run", run.name, "--name", name, "--engine", "vllm", "--server", SERVER]
+    parts += ["--weights-dir", WORK / "handed", "--threads", "1"]
+    with (WORK / f"{run.name}-{name}.log").open("w") as log:
+        return subprocess.Popen([str(part) for part in parts], cwd=WORK, stdout=log, stderr=log)
+
+
+def of_worker(content):
+    serve(tiny("tied"), content)
+    name = f"worker-{content}"
+    with broker(WORK / name) as address:
+        sets = ["rollout.engine=workers", f"cluster.nats={address}", "cluster.lease_s=3"]
+        run = Run(name, tiny("tied"), content, *sets, steps=12, local=True).start()
+        first = start_worker("first", run, address)
+        run.wait(4)
+        first.kill()
+        first.wait()
+        second = start_worker("second", run, address)
+        run.end()
+        status = second.wait(60)
+    told = (WORK / f"{name}-second.log").read_text()
+    assert status == 0 and "sampled" in told, f"the worker ended with status {status}:\n{told[-2500:]}"
+    left = RUNNING.adapters()
+    assert not left, f"the server still has the adapters {left}"
+    return check(run)[0]
+
+
 def gain(run):
     """Returns the gain of the score from the first five steps to the last five, with its standard error over groups."""
     scores = [[statistics.fmean(group["scores"]) for group in groups if group["scores"]] for _, groups in journal.steps(run.dir)]
@@ -583,6 +625,7 @@ TRIALS = [
     ("kills weights", lambda: kills(WEIGHTS)),
     ("weights untied", lambda: handed_over(WEIGHTS, "untied")),
     ("judge", judge),
+    *[(f"worker {content}", lambda c=content: of_worker(c)) for content in (ADAPTERS, WEIGHTS)],
 ]
 if ARGS.model:
     TRIALS += [

@@ -9,14 +9,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
 
-use crate::config::{EngineKind, WeightsPlace, check_board, check_nats};
+use crate::config::{EngineKind, WeightsPlace, check_board, check_nats, check_servers};
 use crate::observe::serve::{Probes, serve_probes};
 use crate::observe::telemetry;
 use crate::pipeline::cluster::worker::{ServersPlan, host};
 use crate::pipeline::cluster::{Health, Nats, NatsPlan, Observed, StorePlan, StoreToken, WorkerPlan, judge, work};
 use crate::pipeline::generate::MAX_SLOTS;
 use crate::status;
-use crate::util::endpoint::Endpoint;
 use crate::util::exit::{Ended, before_work};
 use crate::util::process::cores;
 use crate::util::{device, signals};
@@ -86,7 +85,7 @@ pub struct Worker {
     #[arg(long, value_enum, requires = "server")]
     engine: Option<ServerKind>,
     /// Address of an inference server, such as http://127.0.0.1:8000. May be given several times.
-    #[arg(long, value_name = "URL", requires = "engine", value_parser = |url: &str| Endpoint::parse(url).map(|_| url.to_owned()))]
+    #[arg(long, value_name = "URL", requires = "engine")]
     server: Vec<String>,
     /// Environment variable that holds the servers' API key.
     #[arg(long, value_name = "NAME", requires = "engine")]
@@ -164,6 +163,7 @@ impl Worker {
                 "--engine is for --role rollout; a judge on a server is asked by the node (labeler.remote)".to_owned();
             return Err(refused(text).into());
         }
+        check_servers(&self.server).map_err(|why| refused(format!("--server {why}")))?;
         let servers = self.engine.map(|kind| ServersPlan {
             kind: if kind == ServerKind::Sglang { EngineKind::Sglang } else { EngineKind::Vllm },
             servers: self.server,

@@ -453,7 +453,8 @@ fn check_stop(stop: &[String]) -> Result<(), String> {
     if stop.iter().any(String::is_empty) { Err(message.into()) } else { Ok(()) }
 }
 
-fn check_servers(servers: &[String]) -> Result<(), String> {
+/// Checks the addresses of inference servers, of which none may be given twice.
+pub fn check_servers(servers: &[String]) -> Result<(), String> {
     let mut origins = Vec::new();
     for server in servers {
         let origin = Endpoint::parse(server)?.origin().to_owned();
