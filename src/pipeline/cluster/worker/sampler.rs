@@ -19,7 +19,9 @@ use crate::lm::tokens::Tokenizer;
 use crate::pipeline::generate::local::LocalEngine;
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::stage::{RolloutEngine, SampledGroup};
-use crate::pipeline::served::{Content, Fleet, FleetPlan, FolderStore, SUMS, ServedEngine, Stored, Tag, WeightStore};
+use crate::pipeline::served::{
+    Content, Fleet, FleetPlan, FolderStore, SUMS, ServedEngine, Stored, Tag, WeightStore, listed,
+};
 use crate::types::Prompt;
 use crate::util::mutex::lock;
 use crate::util::seed;
@@ -236,7 +238,10 @@ impl WeightStore for Handed {
             return self.store.put(tag, weights);
         };
         let name = tag.to_string();
-        let sha256 = self.store.put_folder(&name, &|dir| link(&from, dir))?;
+        // The run, or this worker, removes versions that newer ones have replaced.
+        let Ok(sha256) = self.store.put_folder(&name, &|dir| link(&from, dir)) else {
+            return self.store.put(tag, weights);
+        };
         let location = self.store.seen_as().join(&name).display().to_string();
         let content = if adapters { Content::Adapters } else { Content::Full };
         Ok(Stored { tag, location, content, sha256 })
@@ -252,16 +257,17 @@ impl WeightStore for Handed {
     }
 }
 
-/// Links the files of the folder `from` into `to`, or copies them where the file system cannot link.
+/// Links the files in the list of checksums of the folder `from` into `to`, or copies them where the file system cannot link.
+///
+/// # Errors
+/// If a file is missing: the folder may be removed at any moment.
 fn link(from: &Path, to: &Path) -> Result<()> {
-    for entry in std::fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))? {
-        let entry = entry?;
-        if entry.file_name() == SUMS {
-            continue;
-        }
-        let target = to.join(entry.file_name());
-        if std::fs::hard_link(entry.path(), &target).is_err() {
-            std::fs::copy(entry.path(), &target).with_context(|| format!("cannot copy {}", entry.path().display()))?;
+    let list = from.join(SUMS);
+    let sums = std::fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
+    for (_, name) in listed(&sums)? {
+        let (file, target) = (from.join(name), to.join(name));
+        if std::fs::hard_link(&file, &target).is_err() {
+            std::fs::copy(&file, &target).with_context(|| format!("cannot copy {}", file.display()))?;
         }
     }
     Ok(())
