@@ -4,7 +4,7 @@
 
 PROGRAM is the program, WORK a folder for runs and logs. TRIAL is the name of a trial; without a name the script performs all.
 
-    plain   two workers sample for configs/offline.toml, and leave when the run ends
+    plain   two workers sample for configs/offline.toml, and leave when the run ends; then the same with adapters
     kills   N random SIGKILLs over two workers, the broker and the coordinator, with eta = 4, groups in parts, checkpoints 20 steps apart, and a
             judge on a server that counts what it is asked
     pause   a worker is stopped (SIGSTOP) for longer than its lease, and continued
@@ -271,14 +271,18 @@ def kolmogorov_smirnov(a, b):
 
 
 def plain():
-    cluster = Cluster("plain", ["learner.eta=1"])
+    return "; ".join(sampled(name, sets) for name, sets in [("plain", []), ("adapters", ["policy.lora={ rank = 4 }"])])
+
+
+def sampled(name, sets):
+    cluster = Cluster(name, ["learner.eta=1", *sets])
     try:
         for name in ["worker-1", "worker-2", "coordinator"]:
             cluster.start(name)
         cluster.wait(cluster.ended)
         cluster.leave()
         groups, stale = check(cluster, 60, 1)
-        return f"{len(groups)} groups, staleness at most {stale}"
+        return f"{name}: {len(groups)} groups, staleness at most {stale}"
     finally:
         cluster.close()
 

@@ -134,8 +134,10 @@ impl Workers {
             let (weights, name) = (&node.cell.latest().value, run_name(&config).to_owned());
             let store = Store::open(&config, &run, weights.dtype())?;
             let samples = config.rollout.engine == EngineKind::Workers;
+            // Before the first step the published weights have no adapters yet.
+            let adapters = lora(&config).map(|(lora, _)| lora);
             let base = match samples {
-                true => put_base(&*store.writer, weights, &node.prepared.tokenizer, weights.lora().is_some())?,
+                true => put_base(&*store.writer, weights, &node.prepared.tokenizer, adapters.is_some())?,
                 false => Default::default(),
             };
             let judges = match &node.prepared.worker_judges {
@@ -152,7 +154,7 @@ impl Workers {
                 admission: admission(&config),
                 sampling: notice(&config, &node),
                 bounds: Bounds { rows: weights.config().vocab_size, max_new_tokens: config.rollout.max_new_tokens },
-                lora: lora(&config).map(|(lora, _)| LoraNotice {
+                lora: adapters.map(|lora| LoraNotice {
                     rank: lora.rank,
                     alpha: lora.alpha,
                     targets: lora.targets.clone(),

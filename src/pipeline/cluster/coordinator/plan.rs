@@ -95,7 +95,8 @@ pub fn put_base(
     tokenizer: &Tokenizer,
     with_weights: bool,
 ) -> Result<(String, String)> {
-    let name = format!("base-{:016x}", model.weights().fingerprint()?);
+    let form = if with_weights { "base-weights" } else { "base" };
+    let name = format!("{form}-{:016x}", model.weights().fingerprint()?);
     let fill = |dir: &Path| {
         if with_weights {
             export::write(dir, model.config(), model.weights(), model.dtype())?;
