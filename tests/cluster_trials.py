@@ -277,8 +277,8 @@ def plain():
 def sampled(name, sets):
     cluster = Cluster(name, ["learner.eta=1", *sets])
     try:
-        for name in ["worker-1", "worker-2", "coordinator"]:
-            cluster.start(name)
+        for process in ["worker-1", "worker-2", "coordinator"]:
+            cluster.start(process)
         cluster.wait(cluster.ended)
         cluster.leave()
         groups, stale = check(cluster, 60, 1)
