@@ -12,7 +12,10 @@ PROGRAM is the program, WORK a folder for runs and logs. TRIAL is the name of a 
     label   two workers hold the weights of a panel of judges, and one is killed; with eta = 0 the weights are, bit for bit, those of
             a run that labels by itself
     account a broker with certificates and an account for the run (deploy/certificates.sh, deploy/account.sh): the run's node and
-            worker get through; a worker may not act as the node, and a worker of another account sees no run
+            worker get through; a worker may not act as the node, a worker of another account sees no run, and one with a certificate
+            of another authority is not let in
+    foreign results of another run, a damaged result and one of 100 MB are put into the queue of results: the node refuses each, with
+            the reason, and its run has the groups of an undisturbed one
     fetch   workers without a shared folder fetch weights, and a judge's, from the coordinator's HTTP server, through a proxy that breaks a third of
             the downloads off, while the coordinator is killed three times
     links   three network namespaces (broker, coordinator, workers): a link that is cut for 25 s, then a link of 10 Mb/s; needs root
@@ -486,6 +489,12 @@ def account():
         stranger = [str(PROGRAM), "worker", "--join", cluster.address, "--run", "offline", "--patience", "3", *shows("stranger")]
         found = subprocess.run(stranger, capture_output=True, text=True, timeout=60)
         assert found.returncode != 0 and "no run offline was announced" in found.stderr, found.stderr
+        other = fresh("other-authority")
+        subprocess.run([str(ROOT / "deploy/certificates.sh"), str(other), "worker"], check=True, capture_output=True)
+        shown = ["--tls-ca", f"{folder}/ca.crt", "--tls-certificate", f"{other}/worker.crt", "--tls-key", f"{other}/worker.key"]
+        foreign = [str(PROGRAM), "worker", "--join", cluster.address, "--run", "offline", "--patience", "3", *shown]
+        found = subprocess.run(foreign, capture_output=True, text=True, timeout=60)
+        assert found.returncode != 0 and "ertificate" in found.stderr, found.stderr
         cluster.wait(cluster.ended)
         cluster.leave()
         groups, _ = check(cluster, 10, 1)
@@ -499,6 +508,87 @@ def account():
         return f"{len(groups)} groups"
     finally:
         cluster.close()
+
+
+class RawClient:
+    """Connection to the broker by NATS' text protocol."""
+
+    def __init__(self):
+        self.socket = socket.create_connection(("127.0.0.1", NATS))
+        self.read = self.socket.makefile("rb")
+        self.read.readline()
+        self.send(b'CONNECT {"verbose":false,"pedantic":false}\r\n')
+
+    def send(self, line):
+        self.socket.sendall(line)
+
+    def publish(self, subject, body):
+        self.send(b"PUB %s %d\r\n%s\r\n" % (subject.encode(), len(body), body))
+
+    def message(self):
+        """Returns the subject and the body of the next message of a subscription."""
+        while True:
+            words = self.read.readline().split()
+            if words[0] in (b"MSG", b"HMSG"):
+                body = self.read.read(int(words[-1]) + 2)[:-2]
+                return words[1].decode(), body[int(words[-2]) :] if words[0] == b"HMSG" else body
+            if words[0] == b"PING":
+                self.send(b"PONG\r\n")
+
+    def refusal(self, subject, body):
+        """Publishes what the broker refuses, and returns its words."""
+        with contextlib.suppress(OSError):
+            self.publish(subject, body)
+        with contextlib.suppress(OSError):
+            for line in self.read:
+                if line.startswith(b"-ERR"):
+                    return line.decode().strip()
+        return ""
+
+
+def foreign():
+    captured = []
+
+    def capture():
+        client = RawClient()
+        client.send(b"SUB preceptor.queue.*.*.results 1\r\n")
+        with contextlib.suppress(OSError, IndexError):
+            while True:
+                captured.append(client.message())
+
+    first = Cluster("foreign-first", ["run.steps=4"])
+    try:
+        threading.Thread(target=capture, daemon=True).start()
+        for name in ["worker-a", "coordinator"]:
+            first.start(name)
+        first.wait(first.ended)
+        first.leave()
+    finally:
+        first.close()
+    stolen = [body for _, body in captured]
+    assert len(stolen) >= 4 * BATCH, f"{len(stolen)} results were seen"
+    captured.clear()
+    second = Cluster("foreign", ["run.steps=40"])
+    try:
+        threading.Thread(target=capture, daemon=True).start()
+        for name in ["worker-1", "coordinator"]:
+            second.start(name)
+        second.wait(lambda: second.steps() > 2)
+        client, (subject, own) = RawClient(), captured[-1]
+        for body in [stolen[0], stolen[1], b"PW\x01\x00damaged", own[:-7]]:
+            client.publish(subject, body)
+        told = RawClient().refusal(subject, bytes(100 << 20))
+        assert "Maximum Payload" in told, f"the broker answers {told!r}"
+        second.wait(second.ended)
+        second.leave()
+        groups, stale = check(second, 40, 1)
+    finally:
+        second.close()
+    log = (second.dir / "coordinator.log").read_text()
+    refused = [line for line in log.splitlines() if "is refused" in line]
+    assert len(refused) == 4 and sum("worker-a is refused" in line and "another lineage" in line for line in refused) == 2, log[-2000:]
+    assert sum("unknown is refused" in line for line in refused) == 2, refused
+    return f"{len(refused)} results refused, {len(groups)} groups, staleness at most {stale}"
 
 
 def fetch():
@@ -589,7 +679,8 @@ def links():
 
 
 TRIALS = {
-    "plain": plain, "kills": kills, "pause": pause, "same": same, "label": label, "account": account, "fetch": fetch, "links": links,
+    "plain": plain, "kills": kills, "pause": pause, "same": same, "label": label, "account": account,
+    "foreign": foreign, "fetch": fetch, "links": links,
 }
 
 
