@@ -343,6 +343,7 @@ fn fleet_plan(config: &Config, prepared: &Prepared, run: &Path) -> Result<Option
         timeout: Duration::from_secs_f64(rollout.timeout_s),
         token_timeout: Duration::from_secs_f64(rollout.token_timeout_s),
         outage: Duration::from_secs_f64(rollout.outage_s),
+        outage_key: "rollout.outage_s",
         in_flight: rollout.update == UpdateMode::InFlight,
         lora: learning::lora(config).map(|(lora, _)| lora),
         run: seed::text(&place.to_string_lossy()) as u32,

@@ -48,6 +48,8 @@ pub struct FleetPlan {
     pub token_timeout: Duration,
     /// Time without any usable server after which the run ends.
     pub outage: Duration,
+    /// Key of the configuration that sets [`Self::outage`], for the message at the end of that time; empty if there is none.
+    pub outage_key: &'static str,
     /// True if weights may change while completions are under way.
     pub in_flight: bool,
     /// Adapters, if they are trained, and not all weights.
@@ -384,8 +386,13 @@ impl Fleet {
                 if self.is_out() || (unanswered && !self.has_newer_to_come()) {
                     let after = if last.is_empty() { String::new() } else { format!("; the last failure: {last}") };
                     anyhow::bail!(
-                        "no rollout server could be used for {:.0} s: {}{after}",
+                        "no rollout server could be used for {:.0} s{}: {}{after}",
                         self.plan.outage.as_secs_f64(),
+                        if self.plan.outage_key.is_empty() {
+                            String::new()
+                        } else {
+                            format!(" ({})", self.plan.outage_key)
+                        },
                         self.reasons()
                     );
                 }

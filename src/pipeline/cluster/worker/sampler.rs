@@ -168,6 +168,7 @@ impl Servers {
             timeout: TIMEOUT,
             token_timeout: TOKEN_TIMEOUT,
             outage: OUTAGE,
+            outage_key: "",
             in_flight: notice.sampling.in_flight,
             lora: lora.map(|of| Lora { rank: of.rank, alpha: of.alpha, targets: of.targets.clone() }),
             run: seed::text(run) as u32,
