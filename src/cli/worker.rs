@@ -199,6 +199,7 @@ impl Worker {
             name: format!("worker {name}"),
         };
         let nats = Nats::connect_within(&plan, self.patience, &stop)?;
+        health.watches(nats.link());
         let plan = WorkerPlan {
             run: self.run,
             name,

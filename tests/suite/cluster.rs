@@ -181,6 +181,21 @@ fn nats_follows_the_rules_of_a_transport() {
     notices_conform(&broker.connect());
 }
 
+#[test]
+#[ignore = "needs nats-server: cargo test --release --test suite nats -- --ignored"]
+fn a_connection_to_nats_tells_that_it_is_lost() {
+    let mut broker = Broker::start();
+    let nats = broker.connect();
+    let link = nats.link();
+    assert!(link.load(Ordering::SeqCst));
+    broker.child.kill().unwrap();
+    let began = Instant::now();
+    while link.load(Ordering::SeqCst) {
+        assert!(began.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Number of completions of a group.
 pub(crate) const GROUP: usize = 3;
 /// Number of concurrent completions whose kernels are used. An engine of [`GROUP`] slots would use others.

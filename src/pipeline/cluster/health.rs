@@ -1,6 +1,7 @@
 //! The health of a worker, for its probes and its metrics.
 
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use preceptor_actors::transport::{Depth, Lease, Offered, QueueLimits, Transport, TransportError};
@@ -23,6 +24,8 @@ struct State {
     progress: Option<Instant>,
     /// Last failure of the broker, while it lasts. The worker begins without an answer of it.
     outage: Option<String>,
+    /// Flag of the connection to the broker, which is false while it is lost; `None` where there is no connection.
+    link: Option<Arc<AtomicBool>>,
     /// Newest version that was announced, if it is not in use, and the time at which a newer one than that in use was seen.
     announced: Option<(u64, Instant)>,
     state: WorkerState,
@@ -31,7 +34,7 @@ struct State {
 impl Default for Health {
     fn default() -> Self {
         let outage = Some("the broker was not asked yet".to_owned());
-        Self(Mutex::new(State { progress: None, outage, announced: None, state: WorkerState::default() }))
+        Self(Mutex::new(State { progress: None, outage, link: None, announced: None, state: WorkerState::default() }))
     }
 }
 
@@ -46,6 +49,11 @@ impl Health {
         let mut health = lock(&self.0);
         (health.progress, health.state) =
             (Some(Instant::now()), WorkerState { sampling, waiting, used, slots, ..health.state });
+    }
+
+    /// Uses `link` as the flag of the connection to the broker. A request of a connection that is lost fails only after seconds.
+    pub fn watches(&self, link: Arc<AtomicBool>) {
+        lock(&self.0).link = Some(link);
     }
 
     /// Notes that `version` is the newest one that was announced.
@@ -81,7 +89,7 @@ impl Health {
     pub fn state(&self) -> WorkerState {
         let health = lock(&self.0);
         let behind = health.announced.map_or(Duration::ZERO, |(_, since)| since.elapsed());
-        WorkerState { behind, broker: health.outage.is_none(), ..health.state }
+        WorkerState { behind, broker: health.outage().is_none(), ..health.state }
     }
 
     /// Returns whether the main loop made progress within [`STALLED`].
@@ -98,11 +106,19 @@ impl Health {
     /// Says what is missing.
     pub fn ready(&self) -> Result<(), String> {
         let health = lock(&self.0);
-        match &health.outage {
+        match health.outage() {
             Some(why) => Err(format!("waits for the broker: {why}")),
             None if health.state.version.is_none() => Err("waits for weights".into()),
             None => Ok(()),
         }
+    }
+}
+
+impl State {
+    /// Returns why the broker does not answer, if it does not.
+    fn outage(&self) -> Option<&str> {
+        let lost = self.link.as_ref().is_some_and(|link| !link.load(Ordering::SeqCst));
+        if lost { Some("the connection is lost") } else { self.outage.as_deref() }
     }
 }
 
@@ -201,6 +217,11 @@ mod tests {
         assert!(health.ready().is_err());
         assert!(Observed::new(&transport, &health).pull("q", 1, Duration::ZERO).is_err());
         assert!(health.ready().is_ok() && health.state().broker);
+        let link = Arc::new(AtomicBool::new(false));
+        health.watches(Arc::clone(&link));
+        assert!(health.ready().unwrap_err().contains("the connection is lost") && !health.state().broker);
+        link.store(true, Ordering::SeqCst);
+        assert_eq!(health.ready(), Ok(()));
         health.uses(None);
         assert_eq!(health.ready(), Err("waits for weights".into()));
     }

@@ -66,6 +66,8 @@ struct Inner {
     /// `None` only while the value is dropped.
     runtime: Option<Runtime>,
     context: Context,
+    /// False while the connection is lost.
+    link: Arc<AtomicBool>,
     queues: Mutex<HashMap<String, Queue>>,
     /// Subscriptions to what others tell, by prefix.
     heard: Mutex<HashMap<String, Subscriber>>,
@@ -102,7 +104,14 @@ impl Nats {
             ConnectOptions::new().name(&plan.name).connection_timeout(ANSWER).request_timeout(Some(ANSWER));
         // Without this, a request that the account does not allow only runs into its time limit.
         let told = Arc::new(Mutex::new(HashSet::new()));
+        let link = Arc::new(AtomicBool::new(true));
+        let linked = Arc::clone(&link);
         options = options.event_callback(move |event| {
+            match event {
+                Event::Connected => linked.store(true, Ordering::SeqCst),
+                Event::Disconnected => linked.store(false, Ordering::SeqCst),
+                _ => {}
+            }
             if let Event::ServerError(error) = &event {
                 let (words, mut told) = (error.to_string(), lock(&told));
                 if told.len() < MOST_REFUSALS && told.insert(words.clone()) {
@@ -138,7 +147,7 @@ impl Nats {
             plan.url,
             account["error"]["description"]
         );
-        let inner = Inner { runtime: Some(runtime), context, queues: Mutex::default(), heard: Mutex::default() };
+        let inner = Inner { runtime: Some(runtime), context, link, queues: Mutex::default(), heard: Mutex::default() };
         Ok(Self(Arc::new(inner)))
     }
 
@@ -165,6 +174,11 @@ impl Nats {
             }
             std::thread::sleep(Duration::from_millis(500));
         }
+    }
+
+    /// Returns a flag that is false while the connection to the broker is lost.
+    pub fn link(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.0.link)
     }
 
     /// Waits for `work` on the thread of the connection.
