@@ -14,8 +14,8 @@ PROGRAM is the program, WORK a folder for runs and logs. TRIAL is the name of a 
     account a broker with certificates and an account for the run (deploy/certificates.sh, deploy/account.sh): the run's node and
             worker get through; a worker may not act as the node, a worker of another account sees no run, and one with a certificate
             of another authority is not let in
-    foreign results of another run, a damaged result and one of 100 MB are put into the queue of results: the node refuses each, with
-            the reason, and its run has the groups of an undisturbed one
+    foreign results of another run, a damaged result and one of 100 MB are sent to the queue of results: the broker refuses the last one and the
+            node the others, with the reason, and the run trains on each of its own groups once
     fetch   workers without a shared folder fetch weights, and a judge's, from the coordinator's HTTP server, through a proxy that breaks a third of
             the downloads off, while the coordinator is killed three times
     links   three network namespaces (broker, coordinator, workers): a link that is cut for 25 s, then a link of 10 Mb/s; needs root
@@ -708,6 +708,8 @@ def main():
 
 
 if __name__ == "__main__":
+    # A script that is ended ends its processes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ARGS = ARGUMENTS.parse_args()
     PROGRAM, WORK = ARGS.program.resolve(), ARGS.work.resolve()
     main()

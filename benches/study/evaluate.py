@@ -127,8 +127,11 @@ def score_unit(work, results, name, decoding, log):
     rows = read(work / "data" / f"{DECODINGS[decoding][0]}.jsonl")
     scored = score_rows(work, f"{Path(name).name}-{decoding}", rows, given, log)
     columns = {key: [None if row[key] is None else round(row[key], 4) for row in scored] for key in scored[0]}
-    with gzip.open(results / f"{name}.scores-{decoding}.json.gz", "wt") as file:
+    target = results / f"{name}.scores-{decoding}.json.gz"
+    partial = target.with_name(target.name + ".partial")
+    with gzip.open(partial, "wt") as file:
         json.dump(columns, file)
+    partial.replace(target)
     return summary(scored)
 
 

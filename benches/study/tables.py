@@ -61,6 +61,35 @@ def _both(results, finished, arm, other, decoding):
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
+def starts_note(results, finished, decoding):
+    """Tells which seeds have two fine-tuned starts, and how far their answers differ; empty if none has.
+
+    Arms of such a seed are compared with each other although their starts were rounded otherwise; each is compared with
+    the answers of its own start.
+    """
+    lines = []
+    for seed, unit in sorted(finished.get("sft", {}).items()):
+        others = {arm: seeds[seed]["start"] for arm, seeds in finished.items() if seed in seeds and seeds[seed]["start"] != unit["start"]}
+        for start in sorted(set(others.values())):
+            name = studied.start_name(results, seed, start)
+            a, b = scores(results, name, decoding), scores(results, f"sft-{seed}", decoding)
+            if not a or not b:
+                continue
+            given = []
+            for answers in (name, f"sft-{seed}"):
+                with gzip.open(results / f"{answers}.answers.json.gz", "rt") as text:
+                    given.append(json.load(text)[decoding])
+            equal = sum(x == y for x, y in zip(*given)) / len(given[0])
+            found = intervals.win_rate(_column([a], "cosine_reference"), _column([b], "cosine_reference"), _column([a], "words"), _column([b], "words"))
+            arms = ", ".join(arm for arm, of in others.items() if of == start)
+            lines.append(
+                f"The start of seed {seed} was trained on processors of two kinds, whose sums are rounded otherwise. The arms {arms} began from the "
+                f"second one. {100 * equal:.0f} % of the two starts' answers are equal; the win rate of the second over the first, controlled for "
+                f"length, is {_cell(found['controlled'])} %."
+            )
+    return "\n\n".join(lines)
+
+
 def _column(rows, key):
     return [[0.0 if value is None else value for value in row[key]] for row in rows]
 
@@ -229,7 +258,7 @@ def ordered(results, order):
         for seed, unit in seeds.items():
             name = studied.start_name(results, seed, unit["start"])
             if not (results / f"{name}.answers.json.gz").exists():
-                raise program.StudyError(f"the start of {arm} with seed {seed} has no answers ({name}); run the unit again")
+                raise program.StudyError(f"the answers of the start of {arm} with seed {seed} are missing ({name}.answers.json.gz); run the unit sft of this seed, or the arm again")
     return dict(sorted(finished.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
@@ -250,7 +279,7 @@ def page(results, order, docs, decoding="test"):
     finished = ordered(results, order)
     parts = {
         "arms": arms_table(results, finished, decoding),
-        "between": between_table(results, finished, decoding),
+        "between": between_table(results, finished, decoding) + "\n" + starts_note(results, finished, decoding),
         "gemma": gemma_table(results, finished, decoding),
         "labelers": labelers_table(results),
         "staleness": staleness_table(results, finished, decoding),
@@ -277,7 +306,7 @@ def make(results, order, folder, decoding):
     """Writes the tables and plots of one kind of answers, with the arms in the given order; returns the tables."""
     finished = ordered(results, order)
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"# Results: {decoding} answers\n\n{arms_table(results, finished, decoding)}\n{between_table(results, finished, decoding)}\n"
+    text = f"# Results: {decoding} answers\n\n{arms_table(results, finished, decoding)}\n{between_table(results, finished, decoding)}\n{starts_note(results, finished, decoding)}\n\n"
     more = {
         "Win rates over SFT by Gemma": gemma_table(results, finished, decoding),
         "Labelers by technique": labelers_table(results),

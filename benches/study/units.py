@@ -47,12 +47,15 @@ def start_name(results, seed, fingerprint):
     On a processor of another kind the fine-tuned policy of a seed is another one, since its sums are rounded otherwise.
     """
     file = result_file(results, "sft", seed)
-    same = not file.exists() or json.loads(file.read_text())["start"] == fingerprint
+    same = file.exists() and json.loads(file.read_text())["start"] == fingerprint
     return f"sft-{seed}" if same else f"starts/sft-{seed}-{fingerprint}"
 
 
 def answer_start(work, results, seed, model, log):
     """Writes answers and scores of a start that is not the one of the unit `sft`, if they are missing."""
+    # Another process may be about to answer with this start as the unit `sft`.
+    with program.lock(work, f"sft-{seed}"):
+        pass
     name = start_name(results, seed, fingerprint(model))
     if not name.startswith("starts/"):
         return
@@ -149,7 +152,7 @@ def run(work, results, arm, seed, threads):
     log, model, path = work / "logs" / f"{name}.log", start(work, seed, threads), []
     begun = fingerprint(model)
     if arm != "sft":
-        answer_start(work, results, seed, model, work / "logs" / f"start-{seed}.log")
+        beginning = model
         folder = work / "runs" / name
         settings = {**common(work, AFTER_FINE_TUNING + seed, threads), "policy.model": str(model), **plan["set"]}
         if settings.get("labeler.model") == "minilm":
@@ -158,6 +161,7 @@ def run(work, results, arm, seed, threads):
             settings["reward_model.pairs"] = str(pair_file(work, plan["pairs"], threads))
         train(work, folder, settings, name, threads)
         model, path = max((folder / "checkpoints").glob("step-*")), course(work, folder, log)
+        answer_start(work, results, seed, beginning, work / "logs" / f"start-{seed}.log")
     trained = time.time()
     result = {"arm": arm, "seed": seed, "set": plan["set"], "pairs": plan.get("pairs"), "base": program.base(), "start": begun, "path": path}
     if plan.get("answers", True):

@@ -81,7 +81,7 @@ pub struct Worker {
     #[arg(long, value_name = "ADDR")]
     metrics_listen: Option<SocketAddr>,
     /// Inference servers that sample in place of this process. They must have the run's model, be on this machine, and
-    /// work for no other worker (docs/served.md). This process then keeps a copy of the weights, to check the servers.
+    /// work for no other worker (docs/served.md). This process then keeps the weights in memory, to check the servers.
     #[arg(long, value_enum, requires = "server")]
     engine: Option<ServerKind>,
     /// Address of an inference server, such as http://127.0.0.1:8000. May be given several times.
@@ -210,6 +210,11 @@ impl Worker {
             patience: self.patience,
             health: Arc::clone(&health),
         };
+        if plan.servers.is_some() {
+            // The checks of servers compute on threads of their own.
+            let threads = self.threads.unwrap_or_else(cores).max(1);
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+        }
         let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.unwrap_or_else(cores).max(1)).build()?;
         let observed = Observed::new(&nats, &health);
         let (summary, done, kind) = match self.role {

@@ -23,3 +23,8 @@ pub use fleet::{Fleet, FleetPlan, ServerReport};
 pub use store::{
     Content, FolderStore, SUMS, Stored, Tag, WeightStore, is_plain, listed, sha256, sha256_of_file, verify,
 };
+
+/// Returns whether an error says that a server cannot be reached or failed, so that a later attempt may succeed.
+pub fn is_away(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(http::Fault::Down(_)))
+}

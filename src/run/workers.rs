@@ -280,7 +280,7 @@ fn notice(config: &Config, node: &Node) -> SamplingNotice {
         in_flight: rollout.update == crate::config::UpdateMode::InFlight,
         weights: rollout.weights.word().to_owned(),
         kernels_for: Some(rollout.slots),
-        corrects: config.tolerates_off_policy(),
+        corrects: Some(config.tolerates_off_policy()),
         longest_prompt: node.prepared.data.longest(),
     }
 }

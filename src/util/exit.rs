@@ -15,6 +15,7 @@ use anyhow::Result;
 use crate::config::ConfigErrors;
 use crate::lm::source::Unavailable;
 use crate::pipeline::cluster::NoConnection;
+use crate::pipeline::cluster::worker::Unsuitable;
 use crate::pipeline::remote::Unusable;
 use crate::util::signals::Interrupted;
 
@@ -91,6 +92,9 @@ fn by_cause(error: &anyhow::Error) -> Option<u8> {
         if let Some(Interrupted { signal, .. }) = cause.downcast_ref::<Interrupted>() {
             return Some(interrupted(*signal));
         }
+        if cause.is::<Unsuitable>() {
+            return Some(REFUSED);
+        }
         let unusable = cause.downcast_ref::<Unusable>().map(|judge| judge.refuses);
         let refuses = unusable.or_else(|| cause.downcast_ref::<NoConnection>().map(|broker| broker.refuses))?;
         Some(if refuses { REFUSED } else { FAILED })
@@ -107,6 +111,7 @@ mod tests {
     fn an_error_has_the_status_of_its_cause() {
         let judge = |refuses| Unusable { words: "no".into(), refuses };
         assert_eq!(status(&anyhow!("a fault")), FAILED);
+        assert_eq!(status(&Unsuitable(anyhow!("another model")).into()), REFUSED);
         assert_eq!(status(&Ended::Refused(anyhow!("no such key")).into()), REFUSED);
         assert_eq!(status(&anyhow::Error::from(Ended::Stopped("kl".into())).context("the run")), STOPPED);
         let interrupted = Interrupted { signal: 15, text: String::new() };

@@ -295,7 +295,7 @@ impl Cluster {
                 in_flight: true,
                 weights: "f32".into(),
                 kernels_for: Some(KERNELS_FOR),
-                corrects: true,
+                corrects: Some(true),
                 longest_prompt: 16,
             },
             bounds: Bounds { rows: model.config().vocab_size, max_new_tokens: own.max_new_tokens },
@@ -317,7 +317,7 @@ impl Cluster {
         Self { dir, model, transport, notices, cell, coordinator, engine }
     }
 
-    fn worker(&self, name: &str) -> Worker {
+    pub(crate) fn worker(&self, name: &str) -> Worker {
         self.worker_with(name, StorePlan::default(), Arc::default())
     }
 

@@ -71,7 +71,7 @@ impl Run {
                 in_flight: false,
                 weights: "f32".into(),
                 kernels_for: None,
-                corrects: false,
+                corrects: None,
                 longest_prompt: 0,
             },
             bounds: Bounds { rows: 259, max_new_tokens: 8 },

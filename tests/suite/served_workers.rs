@@ -11,7 +11,7 @@ use preceptor::pipeline::cluster::{MemoryNotices, StorePlan, WorkerPlan};
 use preceptor::pipeline::generate::Sampled;
 use preceptor_actors::transport::MemoryTransport;
 
-use crate::cluster::{Cluster, GROUP, Worker, changed, prompt};
+use crate::cluster::{Cluster, GROUP, Worker, changed, expected, prompt};
 use crate::common::{PATIENCE, byte_policy};
 use crate::fake_engine::{FakeEngine, Kind, Options};
 
@@ -113,8 +113,10 @@ fn a_server_of_a_worker_gets_the_adapters_of_each_version() {
 fn a_worker_waits_for_a_server_that_is_started_again() {
     let mut cluster = cluster(None);
     let server = server(&cluster, Kind::Vllm, false);
+    server.kill();
     let worker = worker(&cluster, &server, EngineKind::Vllm);
     cluster.submit(0..2);
+    server.restart();
     cluster.take(2);
     server.kill();
     cluster.submit(2..4);
@@ -125,10 +127,29 @@ fn a_worker_waits_for_a_server_that_is_started_again() {
 }
 
 #[test]
+fn work_for_which_no_server_is_usable_goes_to_another_worker() {
+    let mut cluster = cluster(None);
+    let server = server(&cluster, Kind::Vllm, false);
+    let worker = worker(&cluster, &server, EngineKind::Vllm);
+    cluster.submit(0..2);
+    cluster.take(2);
+    // The hand-over of the next version fails while nothing is under way.
+    server.kill();
+    let next = changed(&cluster.model);
+    cluster.publish(1, &next);
+    cluster.submit(4..8);
+    let other = cluster.worker("b");
+    let groups = cluster.take(4);
+    assert_eq!(groups, expected(&next, 1, 4..8));
+    other.end().unwrap();
+    worker.end().unwrap();
+}
+
+#[test]
 fn a_run_or_a_server_that_does_not_allow_for_the_other_is_refused() {
     type Change = fn(&mut RunNotice);
     let changes: [(Change, &str); 3] = [
-        (|notice| notice.sampling.corrects = false, "set learner.correction = \"tis\""),
+        (|notice| notice.sampling.corrects = Some(false), "set learner.correction = \"tis\""),
         (|notice| notice.sampling.top_p = Some(0.9), "the run has rollout.top_p"),
         (|notice| notice.sampling.longest_prompt = 5000, "its context has 512 tokens"),
     ];

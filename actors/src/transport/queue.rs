@@ -34,7 +34,8 @@ pub struct Delivered {
 pub struct LeasedQueue {
     name: String,
     limits: QueueLimits,
-    /// Messages by the order in which they were offered; `None` where one is removed. The first one is not removed.
+    /// Messages by the order in which they were offered; `None` where one is removed. The first one is not removed, so that
+    /// a message that is kept for long keeps the places of all that came after it.
     messages: VecDeque<Option<Message>>,
     /// Order number of the first entry of `messages`.
     first: u64,

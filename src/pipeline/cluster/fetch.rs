@@ -103,7 +103,7 @@ impl WorkerStore {
         let token = plan.token.clone().filter(|_| plan.place.is_some());
         let origin = Origin::open(&place, token)?;
         let cache = plan.cache.clone().unwrap_or_else(|| ResolveOptions::default().cache_dir.join("weights"));
-        let (folder, lock) = own_folder(&cache.join(run))?;
+        let (folder, lock) = own_folder(&cache.join(run), "--cache")?;
         status!("worker    fetches weights from {place} to {}", folder.display());
         let downloads = Downloads::start(origin, folder.clone())?;
         Ok(Self::Fetched(Fetched { place, folder, downloads, _lock: lock }))
@@ -209,13 +209,13 @@ impl WorkerStore {
 }
 
 /// Returns a folder below `run` that no other process uses, with its lock. A folder that an earlier process left is used
-/// again, so that its downloads continue.
-pub(super) fn own_folder(run: &Path) -> Result<(PathBuf, std::fs::File)> {
+/// again, so that its downloads continue. `option` is the option that names another place.
+pub(super) fn own_folder(run: &Path, option: &str) -> Result<(PathBuf, std::fs::File)> {
     for number in 0..MOST_WORKERS {
         let folder = run.join(number.to_string());
-        std::fs::create_dir_all(&folder)
-            .map_err(|error| disk::cannot("create", &folder, error))
-            .context("there is no folder to fetch weights to; name one with --cache, or set PRECEPTOR_CACHE")?;
+        std::fs::create_dir_all(&folder).map_err(|error| disk::cannot("create", &folder, error)).with_context(
+            || format!("there is no folder for weights; name one with {option}, or set PRECEPTOR_CACHE"),
+        )?;
         let path = folder.join("lock");
         let file = std::fs::File::create(&path).map_err(|error| disk::cannot("write", &path, error))?;
         match file.try_lock() {
@@ -224,7 +224,7 @@ pub(super) fn own_folder(run: &Path) -> Result<(PathBuf, std::fs::File)> {
             Err(std::fs::TryLockError::Error(error)) => return Err(disk::cannot("lock", &path, error)),
         }
     }
-    bail!("{} is used by {MOST_WORKERS} workers; give another folder with --cache", run.display())
+    bail!("{} is used by {MOST_WORKERS} workers; give another folder with {option}", run.display())
 }
 
 #[cfg(test)]
@@ -248,11 +248,11 @@ mod tests {
     fn a_token_is_not_shown_and_each_process_has_a_folder() {
         assert!(!format!("{:?}", StoreToken::new("secret".into())).contains("secret"));
         let dir = tempfile::tempdir().unwrap();
-        let first = own_folder(dir.path()).unwrap();
-        let second = own_folder(dir.path()).unwrap();
+        let first = own_folder(dir.path(), "--cache").unwrap();
+        let second = own_folder(dir.path(), "--cache").unwrap();
         assert_ne!(first.0, second.0);
         let again = first.0.clone();
         drop(first);
-        assert_eq!(own_folder(dir.path()).unwrap().0, again, "a folder that nobody uses is used again");
+        assert_eq!(own_folder(dir.path(), "--cache").unwrap().0, again, "a folder that nobody uses is used again");
     }
 }

@@ -178,9 +178,10 @@ pub struct SamplingNotice {
     /// own number.
     #[serde(default)]
     pub kernels_for: Option<usize>,
-    /// True if the learner corrects for log-probabilities that differ slightly from its own, as those of inference servers.
+    /// Whether the learner corrects for log-probabilities that differ slightly from its own, as those of inference servers;
+    /// earlier programs do not write it.
     #[serde(default)]
-    pub corrects: bool,
+    pub corrects: Option<bool>,
     /// Number of tokens of the longest prompt; 0 if it is not known.
     #[serde(default)]
     pub longest_prompt: usize,

@@ -54,6 +54,11 @@ pub struct WorkerPlan {
     pub health: Arc<Health>,
 }
 
+/// A run and this worker, or its servers, do not suit each other, so that a person has to change one of them.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub struct Unsuitable(pub anyhow::Error);
+
 /// What a worker did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Summary {
@@ -95,7 +100,10 @@ pub fn work(
             left = Some(notice.lineage);
             continue;
         };
-        let mut lineage = Lineage::open(plan, device, &notice, store, &base)?;
+        let mut lineage = match Lineage::open(plan, device, &notice, store, &base, stop) {
+            Err(_) if stop.load(Ordering::SeqCst) => return Ok(total),
+            opened => opened?,
+        };
         let ended = lineage.work(transport, notices, stop);
         plan.health.uses(None);
         total.groups += lineage.summary.groups;

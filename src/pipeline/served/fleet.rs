@@ -174,6 +174,7 @@ impl Fleet {
     /// If a server refuses the first weights, or computes other log-probabilities with them.
     pub fn start(self: &Arc<Self>, cell: &Arc<SnapshotCell<Decoder>>, store: Arc<dyn WeightStore>) -> Result<()> {
         for server in &self.servers {
+            anyhow::ensure!(!self.stopped.load(Ordering::SeqCst), "the hand-over of weights was stopped");
             hand_over::begin(self, server, cell, &*store)
                 .with_context(|| format!("the rollout server {} cannot be used", server.name()))?;
         }
@@ -275,7 +276,7 @@ impl Fleet {
     }
 
     /// Returns the reasons why servers are not ready, in one line.
-    pub(super) fn reasons(&self) -> String {
+    pub fn reasons(&self) -> String {
         let reports = self.report();
         let reasons = reports.iter().filter(|report| report.condition != "ready");
         let words = |report: &ServerReport| match report.why.is_empty() {
@@ -346,7 +347,7 @@ impl Fleet {
     }
 
     /// Returns whether no server has been usable for the outage limit.
-    fn is_out(&self) -> bool {
+    pub fn is_out(&self) -> bool {
         lock(&self.unusable_since).is_some_and(|since| since.elapsed() >= self.plan.outage)
     }
 

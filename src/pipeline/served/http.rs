@@ -44,10 +44,10 @@ impl Http {
     /// # Errors
     /// If the URL is invalid, the variable has no value, or TLS cannot be set up.
     pub(super) fn new(url: &str, key_env: Option<&str>) -> Result<Self> {
-        let endpoint = Endpoint::parse(url).map_err(|why| anyhow!("rollout.servers: {why}"))?;
+        let endpoint = Endpoint::parse(url).map_err(|why| anyhow!("the address of a rollout server: {why}"))?;
         let mut headers = HeaderMap::new();
         headers.insert("content-type", HeaderValue::from_static("application/json"));
-        let key = key_env.map(|name| Key::from_env(name, "rollout.api_key_env", url)).transpose()?;
+        let key = key_env.map(|name| Key::from_env(name, "the setting api_key_env", url)).transpose()?;
         if let Some(key) = &key {
             headers.insert("authorization", key.bearer()?);
         }

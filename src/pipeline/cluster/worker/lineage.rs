@@ -19,7 +19,7 @@ use super::super::protocol::{
     Answer, Done, Pulse, RunNotice, WEIGHTS, WeightsNotice, Work, decode, encode, rest, result_id,
 };
 use super::sampler::{Sampler, Servers};
-use super::{Ended, LOOK, PULL, PULSE, STUCK, Summary, WorkerPlan, host, is_over};
+use super::{Ended, LOOK, PULL, PULSE, STUCK, Summary, Unsuitable, WorkerPlan, host, is_over};
 use crate::config::{Choice, RolloutWeights};
 use crate::lm::model::{Decoder, Lora, ModelConfig, Weights};
 use crate::lm::source::ModelFiles;
@@ -96,6 +96,10 @@ pub(super) struct Lineage<'a> {
     pace: Option<f64>,
     /// Reason why the worker is to take no work; empty if it may.
     rests: String,
+    /// Version that the worker's health shows.
+    shown: Option<u64>,
+    /// Time of the last pull that found no work.
+    found_none: Option<Instant>,
 }
 
 impl<'a> Lineage<'a> {
@@ -106,6 +110,7 @@ impl<'a> Lineage<'a> {
         notice: &RunNotice,
         store: &'a WorkerStore,
         dir: &Path,
+        stop: &AtomicBool,
     ) -> Result<Self> {
         let config = ModelConfig::from_directory(dir)?;
         let tokenizer = Tokenizer::from_files(&ModelFiles::Directory(dir.to_owned()))?;
@@ -131,15 +136,19 @@ impl<'a> Lineage<'a> {
             RolloutWeights::Bf16 => Some(Format::Bf16),
             RolloutWeights::Q8 => Some(Format::Q8),
         };
-        ensure!(
-            plan.slots >= notice.group_size,
-            "--slots {} is less than the {} completions of a piece of work (rollout.group_size of the run, or cluster.part)",
-            plan.slots,
-            notice.group_size
-        );
+        if plan.slots < notice.group_size {
+            let why = anyhow::anyhow!(
+                "--slots {} is less than the {} completions of a piece of work (rollout.group_size of the run, or cluster.part)",
+                plan.slots,
+                notice.group_size
+            );
+            return Err(Unsuitable(why).into());
+        }
         let about = (&sampling, &tokenizer);
-        let connect = |servers| Servers::connect(servers, (&plan.run, plan.slots), notice, &config, about);
-        let servers = plan.servers.as_ref().map(connect).transpose()?;
+        let servers = match &plan.servers {
+            Some(servers) => Some(Servers::connect(servers, plan, notice, &config, about, stop)?),
+            None => None,
+        };
         Ok(Self {
             plan,
             names: QueueNames::of(&plan.run, notice.lineage),
@@ -163,6 +172,8 @@ impl<'a> Lineage<'a> {
             steps: (0, Duration::ZERO),
             pace: None,
             rests: String::new(),
+            shown: None,
+            found_none: None,
         })
     }
 
@@ -179,13 +190,8 @@ impl<'a> Lineage<'a> {
         if keeper.join().is_err() {
             tracing::error!("internal error: the thread that extends leases panicked");
         }
-        for (_, lease) in lock(&self.leases.held).drain() {
-            self.summary.given_back += 1;
-            telemetry::given_back();
-            if let Err(error) = lease.give_back() {
-                tracing::debug!("work cannot be given back: {error}");
-            }
-        }
+        let unfinished: Vec<u64> = lock(&self.leases.held).keys().copied().collect();
+        unfinished.into_iter().for_each(|seq| self.give_back(seq));
         if matches!(ended, Ok(Ended::Stopped)) {
             self.pulse(notices, true)?;
         }
@@ -270,8 +276,9 @@ impl<'a> Lineage<'a> {
             Err(error) => return Err(error),
         };
         self.versions.insert(notice.version, notice.fingerprint);
-        if let Some(servers) = &self.servers {
-            servers.fetched(notice.version, &dir, notice.adapters);
+        match &self.servers {
+            Some(servers) => servers.fetched(notice.version, &dir, notice.adapters),
+            None => self.plan.health.uses(Some(notice.version)),
         }
         if let Some(cell) = &self.cell {
             cell.publish(notice.version, notice.fingerprint, Arc::new(model));
@@ -295,15 +302,40 @@ impl<'a> Lineage<'a> {
         Ok(())
     }
 
-    /// Takes up servers that have the first version, and notes the version in use.
+    /// Takes up servers that have the first version, and notes the version in use. Gives the work back that waits for servers of
+    /// which none is usable.
+    ///
+    /// # Errors
+    /// If the servers refuse the first version, or none was usable for too long.
     fn begin_engine(&mut self) -> Result<()> {
-        if let Some(engine) = self.servers.as_mut().map(Servers::engine).transpose()?.flatten() {
+        let Some(servers) = &mut self.servers else {
+            return Ok(());
+        };
+        if let Some(engine) = servers.engine()? {
             self.engine = Some(engine);
         }
-        if let Some(version) = self.newest() {
-            self.plan.health.uses(Some(version));
+        servers.check()?;
+        let newest = servers.version();
+        if newest.is_none() {
+            for work in std::mem::take(&mut self.held) {
+                self.give_back(work.seq);
+            }
+        }
+        if self.shown != newest {
+            self.shown = newest;
+            self.plan.health.uses(newest);
         }
         Ok(())
+    }
+
+    /// Gives work back that was not begun, so that another worker gets it at once.
+    fn give_back(&mut self, seq: u64) {
+        let Some(lease) = lock(&self.leases.held).remove(&seq) else { return };
+        self.summary.given_back += 1;
+        telemetry::given_back();
+        if let Err(error) = lease.give_back() {
+            tracing::debug!("work cannot be given back: {error}");
+        }
     }
 
     fn load(&self, notice: &WeightsNotice, dir: &Path) -> Result<Decoder> {
@@ -357,6 +389,17 @@ impl<'a> Lineage<'a> {
             return Ok(true);
         }
         let held: usize = self.held.iter().map(|work| work.seeds.len()).sum();
+        let is_served = matches!(engine, Sampler::Served(..));
+        if is_served && self.newest().is_none() {
+            if engine.is_idle() {
+                std::thread::sleep(LOOK);
+            }
+            return Ok(true);
+        }
+        // An engine in this process takes the time of a decode step between two pulls.
+        if is_served && !engine.is_idle() && self.found_none.is_some_and(|at| at.elapsed() < LOOK / 4) {
+            return Ok(true);
+        }
         let room = engine.free().saturating_sub(held) / self.notice.group_size.max(1);
         if room == 0 || !engine.accepts() {
             return Ok(true);
@@ -378,6 +421,7 @@ impl<'a> Lineage<'a> {
             }
             Err(error) => return Err(error.into()),
         };
+        self.found_none = leases.is_empty().then(Instant::now);
         for lease in leases {
             let work = match decode::<Work>(lease.body()) {
                 Ok(work) if work.lineage == self.notice.lineage => work,

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::DType;
@@ -12,6 +13,7 @@ use preceptor_actors::{Admission, SnapshotCell, StageResult};
 
 use super::super::fetch::own_folder;
 use super::super::protocol::{RunNotice, Work};
+use super::{Unsuitable, WorkerPlan};
 use crate::config::EngineKind;
 use crate::lm::model::{Decoder, Lora, ModelConfig};
 use crate::lm::source::ResolveOptions;
@@ -20,8 +22,9 @@ use crate::pipeline::generate::local::LocalEngine;
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::stage::{RolloutEngine, SampledGroup};
 use crate::pipeline::served::{
-    Content, Fleet, FleetPlan, FolderStore, SUMS, ServedEngine, Stored, Tag, WeightStore, listed,
+    Content, Fleet, FleetPlan, FolderStore, SUMS, ServedEngine, Stored, Tag, WeightStore, is_away, listed,
 };
+use crate::status;
 use crate::types::Prompt;
 use crate::util::mutex::lock;
 use crate::util::seed;
@@ -32,6 +35,8 @@ const TIMEOUT: Duration = Duration::from_secs(300);
 const TOKEN_TIMEOUT: Duration = Duration::from_millis(250);
 /// Time without any usable server after which the worker ends, the default of `rollout.outage_s`.
 const OUTAGE: Duration = Duration::from_secs(600);
+/// Time between two attempts to reach a server at the start.
+const RETRY: Duration = Duration::from_secs(1);
 /// Text whose log-probabilities under the run's weights are compared with those of a server.
 const EXAMPLE: &str = "The library was built on the site of an old mill. Its reading room looks out on the river, and \
     the walls are lined with maps that show how the course of the water changed over three hundred years.";
@@ -115,24 +120,60 @@ pub(super) struct Servers {
     fleet: Arc<Fleet>,
     store: Arc<Handed>,
     slots: usize,
-    /// Thread that hands over the first version.
+    /// Time for which a server that is away is waited for.
+    patience: Duration,
+    /// Published weights, once there are some.
+    cell: Option<Arc<SnapshotCell<Decoder>>>,
+    /// Thread that hands over the first version, and the time at which it was first begun.
     begun: Option<JoinHandle<Result<()>>>,
+    since: Instant,
     _lock: std::fs::File,
 }
 
 impl Servers {
-    /// Connects to the servers, and compares their model with that of the run.
+    /// Connects to the servers, and compares their model with that of the run. Servers that cannot be reached are waited for,
+    /// for as long as the worker's patience, until `stop` is set.
     ///
     /// # Errors
     /// If the run's sampling or its learner does not allow for servers, or a server does not suit the run; the error names
     /// the remedy.
     pub(super) fn connect(
         plan: &ServersPlan,
-        (run, slots): (&str, usize),
+        worker: &WorkerPlan,
+        notice: &RunNotice,
+        config: &ModelConfig,
+        of_run: (&Sampling, &Tokenizer),
+        stop: &AtomicBool,
+    ) -> Result<Self> {
+        let (began, mut told) = (Instant::now(), false);
+        loop {
+            worker.health.progressed();
+            let error = match Self::try_connect(plan, worker, notice, config, of_run) {
+                Ok(servers) => return Ok(servers),
+                Err(error) => error,
+            };
+            if !is_away(&error) {
+                return Err(Unsuitable(error).into());
+            }
+            if began.elapsed() >= worker.patience || stop.load(Ordering::SeqCst) {
+                return Err(error);
+            }
+            if !told {
+                status!("waiting   {error:#}; it is tried again for {} s", worker.patience.as_secs());
+                told = true;
+            }
+            std::thread::sleep(RETRY);
+        }
+    }
+
+    fn try_connect(
+        plan: &ServersPlan,
+        worker: &WorkerPlan,
         notice: &RunNotice,
         config: &ModelConfig,
         (sampling, tokenizer): (&Sampling, &Tokenizer),
     ) -> Result<Self> {
+        let run = &worker.run;
         let word = if plan.kind == EngineKind::Sglang { "sglang" } else { "vllm" };
         let restricted = [
             ("rollout.top_k", sampling.top_k.is_some()),
@@ -145,13 +186,15 @@ impl Servers {
                 "the run has {key}, which is not available with --engine {word}: the servers' log-probabilities would be those of the restricted distribution; remove it from the run's configuration, or start this worker without --engine"
             ));
         }
+        let corrects = notice.sampling.corrects.with_context(|| {
+            format!("the node of the run {run} is of an earlier version, which does not say whether its learner corrects for the log-probabilities of servers; use programs of one version")
+        })?;
         ensure!(
-            notice.sampling.corrects,
+            corrects,
             "the learner of the run {run} does not correct for the log-probabilities of --engine {word}, which differ slightly from its own; set learner.correction = \"tis\" in its configuration, or start this worker without --engine"
         );
         let folder = plan.folder.clone().unwrap_or_else(|| ResolveOptions::default().cache_dir.join("served"));
-        let (folder, lock) =
-            own_folder(&folder.join(run)).context("the folder of the servers' weights (--weights-dir)")?;
+        let (folder, lock) = own_folder(&folder.join(run), "--weights-dir")?;
         let store = FolderStore::new(&folder, None, None, DType::F32)?;
         let lora = notice.lora.as_ref();
         let example = tokenizer.encode(EXAMPLE)?;
@@ -180,7 +223,8 @@ impl Servers {
         };
         let fleet = Fleet::connect(plan, &|text| tokenizer.encode(text))?;
         let store = Arc::new(Handed { store, fetched: Mutex::default() });
-        Ok(Self { fleet, store, slots, begun: None, _lock: lock })
+        let (slots, patience) = (worker.slots, worker.patience);
+        Ok(Self { fleet, store, slots, patience, cell: None, begun: None, since: Instant::now(), _lock: lock })
     }
 
     /// Notes that the weights of `version` are in the folder `dir`, as adapters or as all weights.
@@ -193,21 +237,57 @@ impl Servers {
     /// # Errors
     /// If no thread can be started.
     pub(super) fn begin(&mut self, cell: &Arc<SnapshotCell<Decoder>>) -> Result<()> {
-        let (fleet, cell, store) = (Arc::clone(&self.fleet), Arc::clone(cell), Arc::clone(&self.store));
-        let begin = move || fleet.start(&cell, store);
+        (self.cell, self.since) = (Some(Arc::clone(cell)), Instant::now());
+        self.hand_over_first(Duration::ZERO)
+    }
+
+    fn hand_over_first(&mut self, pause: Duration) -> Result<()> {
+        let Some(cell) = self.cell.clone() else { return Ok(()) };
+        let (fleet, store) = (Arc::clone(&self.fleet), Arc::clone(&self.store));
+        let begin = move || {
+            std::thread::sleep(pause);
+            fleet.start(&cell, store)
+        };
         self.begun = Some(std::thread::Builder::new().name("first-hand-over".into()).spawn(begin)?);
         Ok(())
     }
 
-    /// Returns the engine, once, when all servers have the first version.
+    /// Returns the engine, once, when all servers have the first version. A server that is away is tried again for as long as
+    /// the worker's patience.
     ///
     /// # Errors
-    /// If a server does not take it, or computes other log-probabilities with it.
+    /// If a server does not take the version, computes other log-probabilities with it, or is away for too long.
     pub(super) fn engine(&mut self) -> Result<Option<Sampler>> {
         let Some(begun) = self.begun.take_if(|begun| begun.is_finished()) else { return Ok(None) };
-        begun.join().map_err(|_| anyhow!("internal error: the thread that hands weights to servers panicked"))??;
-        let engine = ServedEngine::new(Arc::clone(&self.fleet), self.slots, false);
-        Ok(Some(Sampler::Served(engine, Arc::clone(&self.fleet))))
+        let ended =
+            begun.join().map_err(|_| anyhow!("internal error: the thread that hands weights to servers panicked"))?;
+        match ended {
+            Ok(()) => {
+                let engine = ServedEngine::new(Arc::clone(&self.fleet), self.slots, false);
+                Ok(Some(Sampler::Served(engine, Arc::clone(&self.fleet))))
+            }
+            Err(error) if is_away(&error) && self.since.elapsed() < self.patience => {
+                status!("waiting   {error:#}; it is tried again");
+                self.hand_over_first(RETRY)?;
+                Ok(None)
+            }
+            Err(error) if is_away(&error) => Err(error),
+            Err(error) => Err(Unsuitable(error).into()),
+        }
+    }
+
+    /// Checks that a server was usable within the last ten minutes.
+    ///
+    /// # Errors
+    /// If none was.
+    pub(super) fn check(&self) -> Result<()> {
+        ensure!(
+            !self.fleet.is_out(),
+            "no rollout server could be used for {} s: {}",
+            OUTAGE.as_secs(),
+            self.fleet.reasons()
+        );
+        Ok(())
     }
 
     /// Returns the newest version that a server has.
@@ -219,6 +299,12 @@ impl Servers {
 impl Drop for Servers {
     fn drop(&mut self) {
         self.fleet.stop();
+        // Two hand-overs to one server at the same time could leave it with other weights than it names.
+        if let Some(begun) = self.begun.take()
+            && begun.join().is_err()
+        {
+            tracing::error!("internal error: the thread that hands weights to servers panicked");
+        }
     }
 }
 
