@@ -7,6 +7,7 @@ README.md beside this file has the design, the commands, and what is finished.
 import argparse
 import fnmatch
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,9 @@ def make_data(arguments):
     folder = arguments.work / "data"
     if not (folder / "counts.json").exists():
         program.need_space(arguments.work)
+        # Starts, pairs and interrupted runs of other data would be used with these.
+        for made in ("runs", "pairs", "judge"):
+            shutil.rmtree(arguments.work / made, ignore_errors=True)
         counts = data.make(folder)
         (folder / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
     counts = json.loads((folder / "counts.json").read_text())

@@ -160,11 +160,10 @@ impl LeasedQueue {
     /// # Errors
     /// If the lease has expired.
     pub fn acknowledge(&mut self, lease: LeaseId, now: Duration) -> Result<(), TransportError> {
-        self.leased(lease, now)?;
-        let place = self.place(lease.message);
-        let Some(Message { id, .. }) = place.and_then(|place| self.messages.get_mut(place)?.take()) else {
-            return Err(TransportError::Expired);
-        };
+        let id = Arc::clone(&self.leased(lease, now)?.id);
+        if let Some(slot) = self.place(lease.message).and_then(|place| self.messages.get_mut(place)) {
+            *slot = None;
+        }
         self.count -= 1;
         while self.messages.pop_front_if(|message| message.is_none()).is_some() {
             self.first += 1;
@@ -261,103 +260,5 @@ impl LeasedQueue {
         self.message(lease.message)
             .filter(|message| message.lease.is_some() && message.deliveries == lease.delivery)
             .ok_or(TransportError::Expired)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A queue that looks at all of its messages in each operation.
-    #[derive(Default)]
-    struct Plain {
-        messages: Vec<(u64, u64, Option<Duration>)>,
-        offered: u64,
-    }
-
-    impl Plain {
-        fn expire(&mut self, now: Duration) {
-            for (_, _, until) in &mut self.messages {
-                *until = until.filter(|until| *until > now);
-            }
-        }
-
-        fn pull(&mut self, most: usize, until: Duration) -> Vec<LeaseId> {
-            let waiting = self.messages.iter_mut().filter(|(_, _, until)| until.is_none()).take(most);
-            let lease = |(number, deliveries, end): &mut (u64, u64, Option<Duration>)| {
-                (*deliveries, *end) = (*deliveries + 1, Some(until));
-                LeaseId { message: *number, delivery: *deliveries }
-            };
-            waiting.map(lease).collect()
-        }
-
-        fn leased(&mut self, lease: LeaseId) -> Option<usize> {
-            let is_leased = |(number, deliveries, until): &(u64, u64, Option<Duration>)| {
-                (*number, *deliveries) == (lease.message, lease.delivery) && until.is_some()
-            };
-            self.messages.iter().position(is_leased)
-        }
-    }
-
-    #[test]
-    fn random_operations_have_the_results_of_a_queue_that_looks_at_all_messages() {
-        let seconds = Duration::from_secs;
-        let limits = |lease| QueueLimits { lease: seconds(lease), messages: 40, bytes: 8 };
-        let (mut queue, mut plain) = (LeasedQueue::new("q", limits(10)), Plain::default());
-        let (mut state, mut now, mut lease, mut held) = (1u64, Duration::ZERO, 10, Vec::<LeaseId>::new());
-        let mut draw = |below: u64| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) % below
-        };
-        for step in 0..20_000 {
-            plain.expire(now);
-            let one = (!held.is_empty()).then(|| held[draw(held.len() as u64) as usize]);
-            match (draw(8), one) {
-                (0 | 1, _) => {
-                    let offered = queue.offer(&step.to_string(), Arc::from([0u8]), now);
-                    assert_eq!(offered.is_ok(), plain.messages.len() < 40);
-                    if offered.is_ok() {
-                        plain.messages.push((plain.offered, 0, None));
-                        plain.offered += 1;
-                    }
-                }
-                (2 | 3, _) => {
-                    let most = draw(4) as usize;
-                    let pulled: Vec<LeaseId> = queue.pull(most, now).iter().map(|one| one.lease).collect();
-                    assert_eq!(pulled, plain.pull(most, now + seconds(lease)));
-                    held.extend(pulled);
-                }
-                (4, Some(one)) => {
-                    let place = plain.leased(one);
-                    assert_eq!(queue.acknowledge(one, now).is_ok(), place.is_some());
-                    place.map(|place| plain.messages.remove(place));
-                    held.retain(|other| *other != one);
-                }
-                (5, Some(one)) => {
-                    let place = plain.leased(one);
-                    assert_eq!(queue.give_back(one, now).is_ok(), place.is_some());
-                    if let Some(place) = place {
-                        plain.messages[place].2 = None;
-                    }
-                }
-                (6, Some(one)) => {
-                    let place = plain.leased(one);
-                    assert_eq!(queue.extend(one, now).is_ok(), place.is_some());
-                    if let Some(place) = place {
-                        plain.messages[place].2 = Some(now + seconds(lease));
-                    }
-                }
-                _ if draw(40) == 0 => {
-                    lease = 1 + draw(20);
-                    queue.set_limits(limits(lease));
-                }
-                _ => now += seconds(draw(3)),
-            }
-            plain.expire(now);
-            let leased = plain.messages.iter().filter(|(_, _, until)| until.is_some()).count();
-            assert_eq!(queue.depth(now), Depth { waiting: plain.messages.len() - leased, leased });
-            assert_eq!(queue.first_expiry(), plain.messages.iter().filter_map(|(_, _, until)| *until).min());
-            assert!(queue.leases.len() <= 2 * queue.count + 65, "leases that ended are removed");
-        }
     }
 }
