@@ -80,6 +80,7 @@ fn cost(dir: &Path, model: &Path, decoder: &Arc<Decoder>, tokens: usize, complet
         timeout: Duration::from_secs(300),
         token_timeout: Duration::ZERO,
         outage: Duration::from_secs(60),
+        outage_key: "rollout.outage_s",
         in_flight: true,
         lora: Some(Lora { rank: 4, alpha: 8.0, targets: vec!["q_proj".into(), "v_proj".into()] }),
         run: 1,

@@ -295,7 +295,8 @@ impl<'a> Lineage<'a> {
                     format: self.format,
                     device: self.device.clone(),
                 };
-                self.engine = Some(Sampler::Own(LocalEngine::new(cell.reader(&self.plan.name), &self.sampling, plan)));
+                let engine = LocalEngine::new(cell.reader(&self.plan.name), &self.sampling, plan);
+                self.engine = Some(Sampler::Own(Box::new(engine)));
             }
         }
         self.cell = Some(cell);

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::DType;
 use preceptor_actors::{Admission, SnapshotCell, StageResult};
 
@@ -60,7 +60,7 @@ pub struct ServersPlan {
 /// Sampler of a worker's completions.
 pub(super) enum Sampler {
     /// Engine of this process.
-    Own(LocalEngine),
+    Own(Box<LocalEngine>),
     /// Inference servers.
     Served(ServedEngine, Arc<Fleet>),
 }
@@ -82,7 +82,7 @@ impl Sampler {
 
     fn engine(&self) -> &dyn RolloutEngine {
         match self {
-            Self::Own(engine) => engine,
+            Self::Own(engine) => &**engine,
             Self::Served(engine, _) => engine,
         }
     }
@@ -181,10 +181,10 @@ impl Servers {
             ("rollout.min_p", sampling.min_p.is_some()),
             ("rollout.repetition_penalty", sampling.repetition_penalty != 1.0),
         ];
-        for (key, _) in restricted.iter().filter(|(_, set)| *set) {
-            return Err(anyhow!(
+        if let Some((key, _)) = restricted.iter().find(|(_, set)| *set) {
+            bail!(
                 "the run has {key}, which is not available with --engine {word}: the servers' log-probabilities would be those of the restricted distribution; remove it from the run's configuration, or start this worker without --engine"
-            ));
+            );
         }
         let corrects = notice.sampling.corrects.with_context(|| {
             format!("the node of the run {run} is of an earlier version, which does not say whether its learner corrects for the log-probabilities of servers; use programs of one version")
