@@ -3,6 +3,7 @@
 //! A worker pulls work, samples with its own engine, puts the result into the results' queue and then acknowledges the work.
 //! It may join and leave at any moment: work that it does not finish is delivered to another worker.
 
+mod leases;
 mod lineage;
 mod sampler;
 

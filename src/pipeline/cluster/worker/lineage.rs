@@ -2,15 +2,15 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use kernels::Format;
 use preceptor_actors::SnapshotCell;
-use preceptor_actors::transport::{Lease, Transport, TransportError};
+use preceptor_actors::transport::{Transport, TransportError};
 
 use super::super::coordinator::QueueNames;
 use super::super::fetch::WorkerStore;
@@ -18,8 +18,9 @@ use super::super::notices::Notices;
 use super::super::protocol::{
     Answer, Done, Pulse, RunNotice, WEIGHTS, WeightsNotice, Work, decode, encode, rest, result_id,
 };
+use super::leases::Leases;
 use super::sampler::{Sampler, Servers};
-use super::{Ended, LOOK, PULL, PULSE, STUCK, Summary, Unsuitable, WorkerPlan, host, is_over};
+use super::{Ended, LOOK, PULL, PULSE, Summary, Unsuitable, WorkerPlan, host, is_over};
 use crate::config::{Choice, RolloutWeights};
 use crate::lm::model::{Decoder, Lora, ModelConfig, Weights};
 use crate::lm::source::ModelFiles;
@@ -29,39 +30,9 @@ use crate::pipeline::generate::local::{LocalEngine, LocalPlan};
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::stop::Stop;
 use crate::status;
-use crate::util::mutex::lock;
 
 /// Number of decode steps from which on their time is a measure of the pace.
 const PACED_STEPS: u64 = 20;
-
-/// Leases of the work of one worker, which another thread extends.
-#[derive(Default)]
-struct Leases {
-    held: Mutex<HashMap<u64, Box<dyn Lease>>>,
-    /// Time of the engine's last progress.
-    progress: Mutex<Option<Instant>>,
-    ended: AtomicBool,
-}
-
-impl Leases {
-    /// Extends all leases three times in each period of a lease while the engine makes progress.
-    fn keep(&self, lease: Duration) {
-        let mut last = Instant::now();
-        while !self.ended.load(Ordering::SeqCst) {
-            std::thread::sleep(LOOK.min(lease / 10));
-            let alive = lock(&self.progress).is_none_or(|at| at.elapsed() < STUCK);
-            if last.elapsed() < lease / 3 || !alive {
-                continue;
-            }
-            last = Instant::now();
-            for (seq, lease) in &*lock(&self.held) {
-                if let Err(error) = lease.extend() {
-                    tracing::debug!("the lease of group {seq} cannot be extended: {error}");
-                }
-            }
-        }
-    }
-}
 
 /// The work for one lineage of a run.
 pub(super) struct Lineage<'a> {
@@ -186,12 +157,11 @@ impl<'a> Lineage<'a> {
         let (leases, lease) = (Arc::clone(&self.leases), Duration::from_millis(self.notice.lease_ms));
         let keeper = std::thread::Builder::new().name("leases".into()).spawn(move || leases.keep(lease))?;
         let ended = self.work_until_end(transport, notices, stop);
-        self.leases.ended.store(true, Ordering::SeqCst);
+        self.leases.end();
         if keeper.join().is_err() {
             tracing::error!("internal error: the thread that extends leases panicked");
         }
-        let unfinished: Vec<u64> = lock(&self.leases.held).keys().copied().collect();
-        unfinished.into_iter().for_each(|seq| self.give_back(seq));
+        self.leases.numbers().into_iter().for_each(|seq| self.give_back(seq));
         if matches!(ended, Ok(Ended::Stopped)) {
             self.pulse(notices, true)?;
         }
@@ -331,7 +301,7 @@ impl<'a> Lineage<'a> {
 
     /// Gives work back that was not begun, so that another worker gets it at once.
     fn give_back(&mut self, seq: u64) {
-        let Some(lease) = lock(&self.leases.held).remove(&seq) else { return };
+        let Some(lease) = self.leases.remove(seq) else { return };
         self.summary.given_back += 1;
         telemetry::given_back();
         if let Err(error) = lease.give_back() {
@@ -431,7 +401,7 @@ impl<'a> Lineage<'a> {
             };
             // A second delivery of work that this worker has: the lease had expired.
             let known = self.open.contains_key(&work.seq) || self.held.iter().any(|held| held.seq == work.seq);
-            lock(&self.leases.held).insert(work.seq, lease);
+            self.leases.hold(work.seq, lease);
             if !known {
                 self.held.push(work);
             }
@@ -457,13 +427,13 @@ impl<'a> Lineage<'a> {
     /// Runs the engine for a step; returns the completed groups' results.
     fn advance(&mut self) -> Result<Vec<Done>> {
         let Some(engine) = self.engine.as_mut().filter(|engine| !engine.is_idle()) else {
-            *lock(&self.leases.progress) = None;
+            self.leases.rests();
             return Ok(Vec::new());
         };
         let began = Instant::now();
         let ended = engine.advance().map_err(|error| anyhow::anyhow!("{error}"))?;
         self.steps = (self.steps.0 + 1, self.steps.1 + began.elapsed());
-        *lock(&self.leases.progress) = Some(Instant::now());
+        self.leases.progressed();
         let mut done = Vec::new();
         for (seq, sampled) in ended {
             self.open.remove(&seq);
@@ -493,7 +463,7 @@ impl<'a> Lineage<'a> {
         for done in results {
             let body = encode(&done)?;
             // Of the work and not of the group, which may be offered again after its first result was dropped.
-            let of = lock(&self.leases.held).get(&done.seq).map(|lease| (lease.id().to_owned(), lease.deliveries()));
+            let of = self.leases.delivery(done.seq);
             let (of, deliveries) = of.unwrap_or_else(|| (done.seq.to_string(), 1));
             let id = result_id(&of, &self.plan.name, deliveries);
             match transport.offer(&self.names.results, &id, &body) {
@@ -505,7 +475,7 @@ impl<'a> Lineage<'a> {
                     self.summary.tokens += tokens;
                     self.bytes += body.len() as u64;
                     telemetry::handed_over(completions, tokens, body.len() as u64);
-                    if let Some(lease) = lock(&self.leases.held).remove(&done.seq)
+                    if let Some(lease) = self.leases.remove(done.seq)
                         && let Err(error) = lease.acknowledge()
                     {
                         // It is delivered again, and its second result is dropped.
