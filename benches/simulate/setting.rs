@@ -1,4 +1,4 @@
-//! What is simulated, and what comes of it.
+//! The settings of a simulated run, and its result.
 
 use std::time::Duration;
 

@@ -455,7 +455,7 @@ fn a_step_that_outlasts_the_deadline_is_abandoned_without_losing_its_groups() {
         child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(143), "{text}");
         attempts += 1;
-        // On a busy machine the signal may come before the first step is over: then there is no second one to abandon.
+        // On a busy machine the signal may arrive before the first step is complete, and the run then ends without a second step.
         if attempts == 5 || text.contains("the step takes longer") {
             break text;
         }

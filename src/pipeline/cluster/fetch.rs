@@ -214,7 +214,7 @@ pub(super) fn own_folder(run: &Path, option: &str) -> Result<(PathBuf, std::fs::
     for number in 0..MOST_WORKERS {
         let folder = run.join(number.to_string());
         std::fs::create_dir_all(&folder).map_err(|error| disk::cannot("create", &folder, error)).with_context(
-            || format!("there is no folder for weights; name one with {option}, or set PRECEPTOR_CACHE"),
+            || format!("the folder for weights cannot be used; name another one with {option}, or set PRECEPTOR_CACHE"),
         )?;
         let path = folder.join("lock");
         let file = std::fs::File::create(&path).map_err(|error| disk::cannot("write", &path, error))?;

@@ -24,7 +24,7 @@ struct State {
     progress: Option<Instant>,
     /// Last failure of the broker, while it lasts. The worker begins without an answer of it.
     outage: Option<String>,
-    /// Flag of the connection to the broker, which is false while it is lost; `None` where there is no connection.
+    /// Flag that is false while the connection to the broker is lost; `None` for a transport without a connection.
     link: Option<Arc<AtomicBool>>,
     /// Newest version that was announced, if it is not in use, and the time at which a newer one than that in use was seen.
     announced: Option<(u64, Instant)>,

@@ -385,15 +385,14 @@ impl Fleet {
                 // A server that fails each request is ready again and again, but never answers.
                 let unanswered = began.max(*lock(&self.answered)).elapsed() >= self.plan.outage;
                 if self.is_out() || (unanswered && !self.has_newer_to_come()) {
+                    let key = match self.plan.outage_key {
+                        "" => String::new(),
+                        key => format!(" ({key})"),
+                    };
                     let after = if last.is_empty() { String::new() } else { format!("; the last failure: {last}") };
                     anyhow::bail!(
-                        "no rollout server could be used for {:.0} s{}: {}{after}",
+                        "no rollout server could be used for {:.0} s{key}: {}{after}",
                         self.plan.outage.as_secs_f64(),
-                        if self.plan.outage_key.is_empty() {
-                            String::new()
-                        } else {
-                            format!(" ({})", self.plan.outage_key)
-                        },
                         self.reasons()
                     );
                 }

@@ -271,7 +271,8 @@ impl Servers {
                 self.hand_over_first(RETRY)?;
                 Ok(None)
             }
-            Err(error) if is_away(&error) => Err(error),
+            // A disk may have space later.
+            Err(error) if is_away(&error) || error.chain().any(|cause| cause.is::<std::io::Error>()) => Err(error),
             Err(error) => Err(Unsuitable(error).into()),
         }
     }
