@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Alone: `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--length L] [--eta E]
-//! [--replicas N] [--learner-threads N] [--precision highest|high|medium] [--weights f32|bf16|q8_0]`; `--length` applies to
+//! [--replicas N] [--learner-threads N] [--checkpointing true] [--precision highest|high|medium] [--weights f32|bf16|q8_0]`; `--length` applies to
 //! `sample`, `score-long` and `gradient-long`, `--weights` to all work that samples.
 
 #[path = "peers/figures.rs"]
@@ -98,7 +98,11 @@ fn main() -> Result<()> {
         // more work. With one thread they alternate.
         "grpo" => {
             let eta = number("--eta", u64::from(threads > 1))?;
-            let learner = [number("--replicas", threads)?, number("--learner-threads", 1)?];
+            let learner = Learner {
+                replicas: number("--replicas", threads)?,
+                threads: number("--learner-threads", 1)?,
+                checkpointing: options.get("--checkpointing").and_then(Value::as_str) == Some("true"),
+            };
             subject.grpo(weights, eta, learner, repeats)?
         }
         "overlap" => subject.overlap(&weights, repeats)?,
@@ -227,7 +231,8 @@ impl Subject {
     }
 
     /// Measures GRPO steps of the node, each from the end of the previous step to its own end.
-    fn grpo(&self, weights: Arc<Decoder>, eta: u64, learner: [u64; 2], repeats: u64) -> Result<Map<String, Value>> {
+    fn grpo(&self, mut weights: Arc<Decoder>, eta: u64, learner: Learner, repeats: u64) -> Result<Map<String, Value>> {
+        Arc::get_mut(&mut weights).context("the weights have one owner")?.checkpoint_activations(learner.checkpointing);
         // η more steps follow, so that each timed step includes the generation of one batch.
         let run = self.run(weights, eta, learner, 1 + repeats + eta)?;
         let mut figures = Figures::new(BATCH * GROUP, "samples");
@@ -238,7 +243,8 @@ impl Subject {
     /// Measures complete runs of `steps` with one thread each for rollout and learner: at η = 1, where they work
     /// concurrently, and at η = 0, where each waits for the other, so that its busy time is the time of its work alone.
     fn overlap(&self, weights: &Arc<Decoder>, steps: u64) -> Result<Map<String, Value>> {
-        let run = |eta, steps| self.run(Arc::clone(weights), eta, [1, 1], steps);
+        let learner = Learner { replicas: 1, threads: 1, checkpointing: false };
+        let run = |eta, steps| self.run(Arc::clone(weights), eta, learner, steps);
         run(0, 1)?;
         let (alternating, concurrent) = (run(0, steps)?, run(1, steps)?);
         let mut figures = Figures::new(steps as usize * BATCH * GROUP, "samples");
@@ -262,11 +268,11 @@ impl Subject {
         Ok(figures)
     }
 
-    /// Runs the real node until it has taken all steps, with a learner of `learner` replicas and threads of each.
-    fn run(&self, weights: Arc<Decoder>, eta: u64, learner: [u64; 2], steps: u64) -> Result<Run> {
+    /// Runs the real node until it has taken all steps.
+    fn run(&self, weights: Arc<Decoder>, eta: u64, learner: Learner, steps: u64) -> Result<Run> {
         let dir = tempfile::tempdir()?;
         let marks = Arc::new(Mutex::new(Vec::new()));
-        let node = self.node(weights, dir.path(), [eta, learner[0], learner[1], steps], &marks)?;
+        let node = self.node(weights, dir.path(), [eta, steps], learner, &marks)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let began = Mark::now()?;
         let (outcome, report) = runtime.block_on(async {
@@ -282,7 +288,8 @@ impl Subject {
         &self,
         weights: Arc<Decoder>,
         dir: &Path,
-        [eta, replicas, learner_threads, steps]: [u64; 4],
+        [eta, steps]: [u64; 2],
+        learner: Learner,
         marks: &Arc<Mutex<Vec<Mark>>>,
     ) -> Result<Node> {
         let tokenizer = self.tokenizer(dir)?;
@@ -298,8 +305,9 @@ impl Subject {
             "data.chat=false".into(),
             format!("run.steps={steps}"),
             format!("learner.eta={eta}"),
-            format!("learner.replicas={replicas}"),
-            format!("learner.threads={learner_threads}"),
+            format!("learner.replicas={}", learner.replicas),
+            format!("learner.threads={}", learner.threads),
+            format!("learner.activation_checkpointing={}", learner.checkpointing),
             "learner.algorithm=grpo".into(),
             "learner.lr=1e-6".into(),
             format!("learner.batch_groups={BATCH}"),
@@ -325,9 +333,10 @@ impl Subject {
         let rows = preceptor::pipeline::setup::rows(&config, &config.data.path, false)?;
         let data = Arc::new(Dataset::read(rows, options, &tokenizer)?);
         let identity = weights.weights().fingerprint()?;
+        let state = TrainState::new(&weights, AdamWConfig::default(), None, None)?;
         Ok(Node {
-            state: Arc::new(Mutex::new(TrainState::new(&weights, AdamWConfig::default(), None, None)?)),
-            cell: Arc::new(SnapshotCell::new(0, identity, weights)),
+            cell: Arc::new(SnapshotCell::new(0, identity, Arc::clone(state.published()))),
+            state: Arc::new(Mutex::new(state)),
             observer: Arc::new(Mutex::new(StepTimes(Arc::clone(marks)))),
             ledger: SharedLedger::default(),
             limits: AdjustableLimits::default(),
@@ -365,6 +374,16 @@ impl Subject {
         std::fs::write(dir.join("tokenizer.json"), description.to_string())?;
         Tokenizer::from_files(&ModelFiles::Directory(dir.to_owned()))
     }
+}
+
+/// Settings of the learner.
+#[derive(Clone, Copy)]
+struct Learner {
+    replicas: u64,
+    /// Threads of each replica.
+    threads: u64,
+    /// Whether the backward pass recomputes the activations.
+    checkpointing: bool,
 }
 
 /// Measurements of a run.

@@ -114,6 +114,11 @@ pub struct SnapshotReader<T> {
 }
 
 impl<T> SnapshotReader<T> {
+    /// Returns the latest snapshot.
+    pub fn latest(&self) -> Snapshot<T> {
+        self.cell.latest()
+    }
+
     /// Returns the latest snapshot unless this reader has acknowledged its version last.
     pub fn refresh(&self) -> Option<Snapshot<T>> {
         let inner = self.cell.lock();

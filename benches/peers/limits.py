@@ -82,7 +82,7 @@ def bound(limits, job, units):
     if work == "label":
         flops = shape.group(PROMPT, ANSWER, GROUP) + shape.group(BLANK, ANSWER, GROUP)
         return units / GROUP * limits.seconds(threads, flops)
-    if work in ("grpo", "grpo-whole"):
+    if work.startswith("grpo"):
         return units / (BATCH * GROUP) * (sampled(BATCH * GROUP) + limits.seconds(threads, BATCH * gradient))
     half = length // 2
     if work == "score-long":

@@ -109,8 +109,8 @@ def grpo(model, repeats, args):
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, beta=0.0, num_iterations=1,
-            num_generations=GROUP, per_device_train_batch_size=rows,
+            output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=args.work == "grpo-thrifty",
+            beta=0.0, num_iterations=1, num_generations=GROUP, per_device_train_batch_size=rows,
             gradient_accumulation_steps=BATCH * GROUP // rows, max_completion_length=ANSWER, temperature=0.9,
             # No end token is sampled.
             generation_kwargs={"min_new_tokens": ANSWER}, learning_rate=1e-6, max_steps=1 + repeats,
@@ -241,7 +241,8 @@ def main():
     parser = argparse.ArgumentParser()
     works = {"products": products, "memory": memory, "train": train, "gradients": gradients, "generate-1": generate,
              "generate-8": generate, "generate-32": generate, "decode-1": decode, "decode-8": decode,
-             "score-long": score_long, "gradient-long": gradient_long, "label": label, "grpo": grpo, "grpo-whole": grpo}
+             "score-long": score_long, "gradient-long": gradient_long, "label": label, "grpo": grpo,
+             "grpo-whole": grpo, "grpo-thrifty": grpo}
     parser.add_argument("work", choices=works)
     parser.add_argument("--model", choices=SHAPES, required=True)
     parser.add_argument("--threads", type=int, default=1)

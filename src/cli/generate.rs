@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::json;
 
@@ -20,6 +20,7 @@ use crate::pipeline::generate::{Fixed, Request, generate};
 use crate::status;
 use crate::tools::evaluate::answers::completions;
 use crate::types::{Completion, Prompt};
+use crate::util::disk;
 use crate::util::exit::before_work;
 use crate::util::seed;
 
@@ -91,6 +92,7 @@ impl Generate {
             ensure!(share.is_none_or(|p| p > 0.0 && p <= 1.0), "{name} must be above 0 and at most 1");
         }
         ensure!(!self.stop.iter().any(String::is_empty), "--stop must not be empty");
+        self.output.as_deref().map_or(Ok(()), disk::check_writable)?;
         let (model, tokenizer) = self.model.load()?;
         let prompts = match (&self.input, &self.output) {
             (Some(input), Some(output)) => {
@@ -150,7 +152,7 @@ impl Generate {
                 lines.push_str(&format!("{line}\n"));
             }
         }
-        std::fs::write(output, lines).with_context(|| format!("cannot write {}", output.display()))
+        std::fs::write(output, lines).map_err(|error| disk::cannot("write", output, error))
     }
 
     /// Completes one prompt and prints the completions.

@@ -11,6 +11,7 @@ use super::input;
 use crate::pipeline::data::corrupt::corrupt;
 use crate::pipeline::data::{Notes, PromptFormat};
 use crate::status;
+use crate::util::disk::cannot;
 use crate::util::exit::before_work;
 
 /// Timeout of a model hub's answers, in seconds.
@@ -72,8 +73,7 @@ impl Pairs {
     pub fn run(self) -> Result<()> {
         let (texts, file) = before_work(|| {
             let texts = self.texts()?;
-            let file = std::fs::File::create(&self.output)
-                .with_context(|| format!("cannot write {}", self.output.display()))?;
+            let file = std::fs::File::create(&self.output).map_err(|error| cannot("write", &self.output, error))?;
             Ok((texts, file))
         })?;
         let (mut out, mut written, mut left_out) = (BufWriter::new(file), 0, 0);

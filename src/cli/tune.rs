@@ -17,6 +17,7 @@ use crate::status;
 use crate::tools::tune::live::Live;
 use crate::tools::tune::plan::Plan;
 use crate::tools::tune::{Machine, NOTICEABLE, SearchScope, Tuned, tune};
+use crate::util::disk::{cannot, check_writable};
 use crate::util::exit::before_work;
 
 /// Arguments of `preceptor tune`.
@@ -64,7 +65,10 @@ impl Tune {
         if priced {
             status!("note      measuring buys labels from the remote judge; they are kept in the label cache");
         }
-        let prepared = before_work(|| prepare(&config, true))?;
+        let prepared = before_work(|| {
+            check_writable(&output)?;
+            prepare(&config, true)
+        })?;
         let mut machine = Live::new(&config, prepared, Duration::from_secs_f64(self.seconds))?;
         let facts = machine.facts();
         let configured = Plan::of(&config);
@@ -136,5 +140,5 @@ fn write(from: &Path, to: &Path, changes: &[(&str, u64, u64)]) -> Result<()> {
         let section = document.entry(section).or_insert(Item::Table(Table::new()));
         section[key] = value(i64::try_from(*is)?);
     }
-    std::fs::write(to, document.to_string()).with_context(|| format!("cannot write {}", to.display()))
+    std::fs::write(to, document.to_string()).map_err(|error| cannot("write", to, error))
 }

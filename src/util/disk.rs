@@ -136,6 +136,30 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     })
 }
 
+/// Checks, before work whose result belongs there, that a file can be written at `path`. An existing file stays as it is, and
+/// none is created. A pipe or a device is not opened, because that could block.
+///
+/// # Errors
+/// If it is a directory, or cannot be written; the error names it.
+pub fn check_writable(path: &Path) -> Result<()> {
+    let opened = match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => bail!("cannot write {}, because it is a directory; name a file", path.display()),
+        Ok(found) if !found.is_file() => Ok(()),
+        Ok(_) => OpenOptions::new().append(true).open(path).map(drop),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let probe = temporary_path(path);
+            OpenOptions::new().write(true).create(true).truncate(false).open(&probe).and_then(|_| std::fs::remove_file(&probe))
+        }
+        Err(error) => Err(error),
+    };
+    match opened {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            bail!("cannot write {}, because its directory does not exist; create it", path.display())
+        }
+        opened => opened.map_err(|error| cannot("write", path, error)),
+    }
+}
+
 /// Returns the path of the temporary file of [`replace`].
 fn temporary_path(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -200,6 +224,22 @@ mod tests {
         );
         assert!(text(libc::EACCES).contains("chown") && text(libc::ENOLCK).contains("does not support locks"));
         assert!(text(libc::EXDEV).starts_with("cannot read a/b: "), "{}", text(libc::EXDEV));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_found_before_the_work() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("old"), b"old").unwrap();
+        for name in ["old", "new"] {
+            check_writable(&path(name)).unwrap();
+        }
+        assert_eq!(std::fs::read(path("old")).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no file was created");
+        let error = |path: &Path| check_writable(path).unwrap_err().to_string();
+        assert!(error(dir.path()).contains("it is a directory; name a file"), "{}", error(dir.path()));
+        assert!(error(&path("none/new")).contains("none/new, because its directory does not exist"), "{}", error(&path("none/new")));
+        assert!(error(&path("old/new")).contains("cannot write"), "{}", error(&path("old/new")));
     }
 
     #[test]

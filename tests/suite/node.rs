@@ -258,6 +258,9 @@ fn a_file_of_prompts_is_completed_with_one_model() {
             [&found["ids"], &found["text"], &found["finish"]]
         );
     }
+    let output = generate(&["--input", "prompts.jsonl", "--output", "none/out.jsonl"]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("cannot write none/out.jsonl, because its directory does not exist"));
     std::fs::write(dir.path().join("prompts.jsonl"), "{\"text\": 1}\n").unwrap();
     let output = generate(&["--input", "prompts.jsonl", "--output", "out.jsonl"]);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));

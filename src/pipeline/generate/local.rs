@@ -42,7 +42,16 @@ impl LocalEngine {
         let engine = Engine::on(&device, sampling, slots).with_kernels_for(kernels_for);
         let copies = DeviceReplicas::new(device);
         Self {
-            weights: LiveWeights { reader, in_flight, format, copies, running: None, pinned: false, ctx: None },
+            weights: LiveWeights {
+                reader,
+                in_flight,
+                format,
+                copies,
+                running: None,
+                acknowledged: None,
+                pinned: false,
+                ctx: None,
+            },
             engine,
         }
     }
@@ -67,7 +76,11 @@ impl RolloutEngine for LocalEngine {
     }
 
     fn advance(&mut self) -> StageResult<Vec<SampledGroup>> {
-        Ok(self.engine.step(&mut self.weights)?)
+        let ended = self.engine.step(&mut self.weights)?;
+        if self.engine.is_idle() {
+            self.weights.release();
+        }
+        Ok(ended)
     }
 
     fn is_idle(&self) -> bool {
@@ -98,8 +111,10 @@ struct LiveWeights {
     format: Option<Format>,
     /// Copies of the weights on the sampling device.
     copies: DeviceReplicas,
-    /// Weights in use, with their version.
+    /// Weights in use, with their version; `None` before the first sequence, and while the engine is idle.
     running: Option<(u64, Arc<Decoder>)>,
+    /// Version that was acknowledged last.
+    acknowledged: Option<u64>,
     /// True if the weights must be kept for sequences under way.
     pinned: bool,
     ctx: Option<StageContext>,
@@ -113,16 +128,29 @@ impl LiveWeights {
 
     /// Returns the weights to use, after switching to new ones if that is allowed.
     fn latest(&mut self) -> Result<(u64, Arc<Decoder>)> {
-        if (self.in_flight || !self.pinned)
-            && let Some(snapshot) = self.reader.refresh()
+        if let Some(running) = &self.running
+            && (self.pinned && !self.in_flight || self.reader.refresh().is_none())
         {
-            // The publisher computed a fingerprint, so all kernels that write the weights have completed.
-            let model = self.copies.of(&snapshot.value)?;
-            self.reader.acknowledge(&snapshot, model.weights().fingerprint()?);
-            let model = self.format.map_or(Ok(model.clone()), |format| model.quantized(format).map(Arc::new))?;
-            self.running = Some((snapshot.version, model));
+            return Ok(running.clone());
         }
-        self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))
+        let snapshot = self.reader.latest();
+        // The publisher computed a fingerprint, so all kernels that write the weights have completed.
+        let model = self.copies.of(&snapshot.value)?;
+        if self.acknowledged != Some(snapshot.version) {
+            self.reader.acknowledge(&snapshot, model.weights().fingerprint()?);
+            self.acknowledged = Some(snapshot.version);
+        }
+        let model = self.format.map_or(Ok(model.clone()), |format| model.quantized(format).map(Arc::new))?;
+        Ok(self.running.insert((snapshot.version, model)).clone())
+    }
+
+    /// Drops weights that share memory with the published ones, so that the memory of a version that the learner replaces is
+    /// free for its next gradients. Weights of another format are a copy that takes time to make.
+    fn release(&mut self) {
+        if self.format.is_none() {
+            self.running = None;
+            self.pinned = false;
+        }
     }
 }
 

@@ -117,6 +117,10 @@ impl TrainState {
             None => initial.trainable(true)?,
             Some((lora, seed)) => initial.adapted(lora, *seed)?,
         };
+        // The initial weights include no adapters, not even untrained ones. Otherwise the published weights share the memory of
+        // the variables from the start, so that `initial` can be freed.
+        let (published, published_at) =
+            if lora.is_some() { (Arc::clone(initial), u64::MAX) } else { (Arc::new(model.detached()?), 0) };
         let mut state = Self {
             step: 0,
             scale: RewardScale::default(),
@@ -132,9 +136,8 @@ impl TrainState {
             collective: Box::new(SharedWeights),
             optimizer: AdamW::new(params.clone(), adam)?,
             params,
-            published: Arc::clone(initial),
-            // The initial weights include no adapters, not even untrained ones.
-            published_at: if lora.is_some() { u64::MAX } else { 0 },
+            published,
+            published_at,
         };
         state.set_replicas(1)?;
         Ok(state)
