@@ -50,37 +50,49 @@ pub(super) unsafe fn plain(out: OutputRows, x: &[f32], weight: &Bf16Weights, pan
     }
 }
 
-/// Defines the kernel of one instruction set. A tile is two registers of `$lanes` rows of the matrix by up to `$most`
-/// rows of `x`, for which the matrix is loaded once. Each tile prefetches its share of the next panel.
+/// Defines the kernel of one instruction set. A tile is two registers of `$lanes` rows of the matrix by up to `$most` rows of
+/// `x`, for which the matrix is loaded once; for one or two rows of `x`, which leave the time to memory, it is the complete
+/// panel. Each tile prefetches its share of the next panel.
+///
+/// The lines are read in the order of their addresses: two streams a kilobyte apart, or with gaps of a kilobyte, take twice
+/// the time on AMD Zen 4.
 macro_rules! kernel {
-    ($name:ident, $features:literal, $lanes:literal, $most:literal, [$($rows:literal),*], $zero:ident, $set:ident,
-     $fma:ident, $store:ident, $load:ident, $shift:ident, $and:ident, $all:ident, $float:ident) => {
+    ($name:ident, $features:literal, $lanes:literal, $most:literal, [$($rows:literal),*], $zero:ident,
+     $set:ident, $fma:ident, $store:ident, $load:ident, $shift:ident, $and:ident, $all:ident, $float:ident) => {
         #[cfg(target_arch = "x86_64")]
         pub(super) mod $name {
             use super::{APART, HALF, Bf16Weights, PAIR, PANEL, OutputRows, STEP};
             use std::arch::x86_64::*;
 
-            /// Number of matrix rows in a tile.
-            const TILE: usize = 2 * $lanes;
+            /// Number of registers for the rows of a half.
+            const EACH: usize = HALF / $lanes;
+            /// Number of registers for the rows of a panel.
+            const ALL: usize = PANEL / $lanes;
 
             /// # Safety
             /// The same as for [`Kernel`](super::Kernel).
             #[target_feature(enable = $features)]
             pub(in super::super) unsafe fn multiply(out: OutputRows, x: &[f32], weight: &Bf16Weights, panel: usize) {
                 let rows = x.len() / weight.width;
-                for lane in (0..(weight.rows - panel * PANEL).min(PANEL)).step_by(TILE) {
+                match rows {
+                    1 => return tile::<1, ALL>(out, x, weight, (0, panel, 0), (0, 1)),
+                    2 => return tile::<2, ALL>(out, x, weight, (0, panel, 0), (0, 1)),
+                    _ => {}
+                }
+                for lane in (0..(weight.rows - panel * PANEL).min(PANEL)).step_by(2 * $lanes) {
                     for row in (0..rows).step_by($most) {
                         let part = (row / $most, rows.div_ceil($most));
                         match (rows - row).min($most) {
-                            $($rows => tile::<$rows>(out, x, weight, (row, panel, lane), part),)*
+                            $($rows => tile::<$rows, 2>(out, x, weight, (row, panel, lane), part),)*
                             _ => unreachable!("a tile has up to {} rows", $most),
                         }
                     }
                 }
             }
 
+            /// Multiplies `R` rows of `x` by `S` registers of rows of the matrix.
             #[target_feature(enable = $features)]
-            fn tile<const R: usize>(
+            fn tile<const R: usize, const S: usize>(
                 out: OutputRows,
                 x: &[f32],
                 weight: &Bf16Weights,
@@ -91,44 +103,40 @@ macro_rules! kernel {
                 let x = x[row * width..(row + R) * width].as_ptr();
                 let lines = weight.panel(panel);
                 let next = lines.as_ptr().wrapping_add(lines.len());
-                let mut sums = [[$zero(); 2]; R];
+                let mut sums = [[$zero(); S]; R];
                 for step in 0..width / STEP {
-                    for at in 0..APART {
-                        let line = |register: usize| {
-                            let lane = lane + register * $lanes;
-                            (step * 2 * APART + lane / HALF * APART + at, lane % HALF * PAIR)
-                        };
-                        if at % parts == part {
-                            for register in (0..2).step_by(HALF / $lanes) {
-                                _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line(register).0).cast());
+                    for half in 0..S / EACH {
+                        let start = (2 * step + lane / HALF + half) * APART;
+                        for at in 0..APART {
+                            if at % parts == part {
+                                _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(start + at).cast());
                             }
-                        }
-                        // SAFETY: a panel has all lines of a step, and `x` has all columns of `R` rows, by the slice
-                        // above.
-                        unsafe {
-                            let pairs: [_; 2] = std::array::from_fn(|register| {
-                                let (line, byte) = line(register);
-                                $load(lines.get_unchecked(line).0.as_ptr().add(byte).cast())
-                            });
-                            let first = pairs.map(|pairs| $float($shift::<16>(pairs)));
-                            let second = pairs.map(|pairs| $float($and(pairs, $all(0xffff_0000_u32.cast_signed()))));
-                            for r in 0..R {
-                                let x = x.add(r * width + step * STEP + at);
-                                let x = [$set(*x), $set(*x.add(APART))];
-                                for register in 0..2 {
-                                    let sum = $fma(x[0], first[register], sums[r][register]);
-                                    sums[r][register] = $fma(x[1], second[register], sum);
+                            // SAFETY: a panel has all lines of a step, and `x` has all columns of `R` rows, by the slice
+                            // above.
+                            unsafe {
+                                let line = lines.get_unchecked(start + at).0.as_ptr();
+                                let pairs: [_; EACH] =
+                                    std::array::from_fn(|i| $load(line.add(i * $lanes * PAIR).cast()));
+                                let first = pairs.map(|pairs| $float($shift::<16>(pairs)));
+                                let second = pairs.map(|pairs| $float($and(pairs, $all(0xffff_0000_u32.cast_signed()))));
+                                for r in 0..R {
+                                    let x = x.add(r * width + step * STEP + at);
+                                    let x = [$set(*x), $set(*x.add(APART))];
+                                    for i in 0..EACH {
+                                        let sum = &mut sums[r][half * EACH + i];
+                                        *sum = $fma(x[1], second[i], $fma(x[0], first[i], *sum));
+                                    }
                                 }
                             }
                         }
                     }
                 }
                 let first = panel * PANEL + lane;
-                let columns = (weight.rows - first).min(TILE);
+                let columns = (weight.rows - first).min(S * $lanes);
                 for (r, sums) in sums.iter().enumerate() {
-                    let mut lanes = [0f32; TILE];
+                    let mut lanes = [0f32; PANEL];
                     for (register, sum) in sums.iter().enumerate() {
-                        // SAFETY: `lanes` has room for two registers.
+                        // SAFETY: `lanes` has room for the registers of a panel.
                         unsafe { $store(lanes.as_mut_ptr().add(register * $lanes), *sum) };
                     }
                     // SAFETY: by the caller's contract the output has room for the panel's columns of each row.
