@@ -148,7 +148,12 @@ pub fn check_writable(path: &Path) -> Result<()> {
         Ok(_) => OpenOptions::new().append(true).open(path).map(drop),
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let probe = temporary_path(path);
-            OpenOptions::new().write(true).create(true).truncate(false).open(&probe).and_then(|_| std::fs::remove_file(&probe))
+            OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&probe)
+                .and_then(|_| std::fs::remove_file(&probe))
         }
         Err(error) => Err(error),
     };
@@ -238,7 +243,11 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no file was created");
         let error = |path: &Path| check_writable(path).unwrap_err().to_string();
         assert!(error(dir.path()).contains("it is a directory; name a file"), "{}", error(dir.path()));
-        assert!(error(&path("none/new")).contains("none/new, because its directory does not exist"), "{}", error(&path("none/new")));
+        assert!(
+            error(&path("none/new")).contains("none/new, because its directory does not exist"),
+            "{}",
+            error(&path("none/new"))
+        );
         assert!(error(&path("old/new")).contains("cannot write"), "{}", error(&path("old/new")));
     }
 
