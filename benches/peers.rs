@@ -7,8 +7,9 @@
 //! ```
 //!
 //! Alone: `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--length L] [--eta E]
-//! [--replicas N] [--learner-threads N] [--checkpointing true] [--precision highest|high|medium] [--weights f32|bf16|q8_0]`; `--length` applies to
-//! `sample`, `score-long` and `gradient-long`, `--weights` to all work that samples.
+//! [--replicas N] [--learner-threads N] [--checkpointing true|false] [--precision highest|high|medium]
+//! [--weights f32|bf16|q8_0]`; `--length` applies to `sample`, `score-long` and `gradient-long`, `--weights` to all work that
+//! samples.
 
 #[path = "peers/figures.rs"]
 mod figures;
@@ -101,7 +102,11 @@ fn main() -> Result<()> {
             let learner = Learner {
                 replicas: number("--replicas", threads)?,
                 threads: number("--learner-threads", 1)?,
-                checkpointing: options.get("--checkpointing").and_then(Value::as_str) == Some("true"),
+                checkpointing: match options.get("--checkpointing").and_then(Value::as_str) {
+                    Some("true") => true,
+                    None | Some("false") => false,
+                    Some(other) => bail!("--checkpointing is true or false, not {other:?}"),
+                },
             };
             subject.grpo(weights, eta, learner, repeats)?
         }
@@ -232,7 +237,9 @@ impl Subject {
 
     /// Measures GRPO steps of the node, each from the end of the previous step to its own end.
     fn grpo(&self, mut weights: Arc<Decoder>, eta: u64, learner: Learner, repeats: u64) -> Result<Map<String, Value>> {
-        Arc::get_mut(&mut weights).context("the weights have one owner")?.checkpoint_activations(learner.checkpointing);
+        Arc::get_mut(&mut weights)
+            .context("the weights have several owners")?
+            .checkpoint_activations(learner.checkpointing);
         // η more steps follow, so that each timed step includes the generation of one batch.
         let run = self.run(weights, eta, learner, 1 + repeats + eta)?;
         let mut figures = Figures::new(BATCH * GROUP, "samples");

@@ -109,7 +109,7 @@ def grpo(model, repeats, args):
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=args.work == "grpo-thrifty",
+            output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=args.work == "grpo-checkpointed",
             beta=0.0, num_iterations=1, num_generations=GROUP, per_device_train_batch_size=rows,
             gradient_accumulation_steps=BATCH * GROUP // rows, max_completion_length=ANSWER, temperature=0.9,
             # No end token is sampled.
@@ -242,7 +242,7 @@ def main():
     works = {"products": products, "memory": memory, "train": train, "gradients": gradients, "generate-1": generate,
              "generate-8": generate, "generate-32": generate, "decode-1": decode, "decode-8": decode,
              "score-long": score_long, "gradient-long": gradient_long, "label": label, "grpo": grpo,
-             "grpo-whole": grpo, "grpo-thrifty": grpo}
+             "grpo-whole": grpo, "grpo-checkpointed": grpo}
     parser.add_argument("work", choices=works)
     parser.add_argument("--model", choices=SHAPES, required=True)
     parser.add_argument("--threads", type=int, default=1)

@@ -16,7 +16,8 @@ of the machine's limit, which is measured in the same run.
                  node's actors alternate (eta = 0), on two they work concurrently (eta = 1). The trainer uses batches of 8
                  completions, which is faster than all at once and takes half the memory
   grpo-whole     the same with a trainer that uses all 32 completions at once
-  grpo-thrifty   the same with activation checkpointing on both sides, and with one replica of the learner
+  grpo-checkpointed
+                 as grpo, with activation checkpointing on both sides, and with one replica of the learner
   overlap        only Preceptor: the time of a run at eta = 1 divided by the longer of its generation and its learning
   score-long     log-probabilities of a completion of --length / 2 tokens after a prompt of as many. llama.cpp reads the
                  tokens but computes no logits of them
@@ -45,7 +46,7 @@ ROOT = HERE.parent.parent
 TARGET = ROOT / "target" / "peers"
 MODELS = ["tiny", "smollm2"]
 WORKS = ["products", "memory", "train", "gradients", "decode-1", "decode-8", "generate-1", "generate-8", "generate-32",
-         "label", "grpo", "grpo-whole", "grpo-thrifty", "overlap", "score-long", "gradient-long"]
+         "label", "grpo", "grpo-whole", "grpo-checkpointed", "overlap", "score-long", "gradient-long"]
 FORMATS = ["f32", "bf16", "q8_0"]
 # Program that prints the versions of the other programs.
 VERSIONS = """
@@ -75,7 +76,7 @@ class Job:
         """Returns the arguments of the process."""
         work = self.work
         if self.side == "preceptor":
-            work = work.removesuffix("-whole").removesuffix("-thrifty")
+            work = work.removesuffix("-whole").removesuffix("-checkpointed")
         # The repeats of `overlap` are the steps of its runs.
         repeats = OVERLAP_STEPS if self.work == "overlap" else repeats
         options = [work, "--model", self.model, "--threads", self.threads, "--repeats", repeats]
@@ -85,7 +86,7 @@ class Job:
             options += ["--weights", self.weights]
         if self.precision != "highest":
             options += ["--precision", self.precision]
-        if self.side == "preceptor" and self.work == "grpo-thrifty":
+        if self.side == "preceptor" and self.work == "grpo-checkpointed":
             options += ["--replicas", 1, "--learner-threads", self.threads, "--checkpointing", "true"]
         return [str(option) for option in options]
 
@@ -118,7 +119,7 @@ def plan(args):
         for threads in args.threads if model == "tiny" else args.threads[-1:]:
             others = [("preceptor", fast)] if model == "tiny" else []
             compare("grpo", model, threads, ["preceptor", *others, "pytorch"])
-        compare("grpo-thrifty", model, args.threads[-1], ["preceptor", "pytorch"])
+        compare("grpo-checkpointed", model, args.threads[-1], ["preceptor", "pytorch"])
         if model == "tiny":
             compare("grpo-whole", model, args.threads[-1], ["pytorch"])
             compare("overlap", model, 2, ["preceptor"])

@@ -61,14 +61,14 @@ impl Tune {
             Ok(())
         })?;
         let output = self.output.unwrap_or_else(|| self.config.config.with_extension("tuned.toml"));
+        before_work(|| {
+            check_writable(&output).context("tune writes a faster configuration; --output names another file")
+        })?;
         let priced = config.labeler.methods.iter().any(|method| method.remote.is_some());
         if priced {
             status!("note      measuring buys labels from the remote judge; they are kept in the label cache");
         }
-        let prepared = before_work(|| {
-            check_writable(&output)?;
-            prepare(&config, true)
-        })?;
+        let prepared = before_work(|| prepare(&config, true))?;
         let mut machine = Live::new(&config, prepared, Duration::from_secs_f64(self.seconds))?;
         let facts = machine.facts();
         let configured = Plan::of(&config);

@@ -87,7 +87,6 @@ impl Config {
         }
     }
 
-    /// Checks that each minibatch has a group.
     /// Checks that the learner's replicas share weights on a CPU, or have devices of which the first is the policy's.
     fn check_replicas(&self, document: &Document) {
         if !document.sound(&["learner.replicas", "learner.devices", "policy.device"]) {
@@ -115,6 +114,7 @@ impl Config {
         }
     }
 
+    /// Checks that each minibatch has a group.
     fn check_minibatches(&self, document: &Document) {
         let steps = self.learner.minibatches as u64;
         if document.sound(&["learner.batch_groups", "learner.minibatches"]) && steps > self.learner.batch_groups {

@@ -332,7 +332,7 @@ impl LoadedRun {
         let limits =
             if config.controller.enabled { adjustable_limits(&config, &prepared) } else { AdjustableLimits::default() };
         if !config.reward.reference {
-            // The initial weights are freed as soon as the next version replaces them.
+            // Only adapters still need the initial weights, which they share.
             prepared.policy = None;
         }
         let node = Arc::new(Node {

@@ -137,7 +137,7 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Checks, before work whose result belongs there, that a file can be written at `path`. An existing file stays as it is, and
-/// none is created. A pipe or a device is not opened, because that could block.
+/// none is left behind. A pipe or a device is not opened, because that could block.
 ///
 /// # Errors
 /// If it is a directory, or cannot be written; the error names it.
@@ -147,22 +147,20 @@ pub fn check_writable(path: &Path) -> Result<()> {
         Ok(found) if !found.is_file() => Ok(()),
         Ok(_) => OpenOptions::new().append(true).open(path).map(drop),
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let probe = temporary_path(path);
-            OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .open(&probe)
-                .and_then(|_| std::fs::remove_file(&probe))
+            OpenOptions::new().write(true).create_new(true).open(path).and_then(|_| std::fs::remove_file(path))
         }
         Err(error) => Err(error),
     };
-    match opened {
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            bail!("cannot write {}, because its directory does not exist; create it", path.display())
+    opened.map_err(|error| match error.kind() {
+        ErrorKind::NotFound => {
+            anyhow::anyhow!("cannot write {}, because its directory does not exist; create it", path.display())
         }
-        opened => opened.map_err(|error| cannot("write", path, error)),
-    }
+        ErrorKind::AlreadyExists => anyhow::anyhow!(
+            "cannot write {}, because it is a link to a file that does not exist; remove the link",
+            path.display()
+        ),
+        _ => cannot("write", path, error),
+    })
 }
 
 /// Returns the path of the temporary file of [`replace`].
@@ -241,7 +239,10 @@ mod tests {
         }
         assert_eq!(std::fs::read(path("old")).unwrap(), b"old");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no file was created");
+        std::os::unix::fs::symlink(path("absent"), path("link")).unwrap();
         let error = |path: &Path| check_writable(path).unwrap_err().to_string();
+        assert!(error(&path("link")).contains("is a link to a file that does not exist"), "{}", error(&path("link")));
+        assert!(error(&path("new/")).contains("cannot write"), "{}", error(&path("new/")));
         assert!(error(dir.path()).contains("it is a directory; name a file"), "{}", error(dir.path()));
         assert!(
             error(&path("none/new")).contains("none/new, because its directory does not exist"),

@@ -39,8 +39,8 @@ pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k
 }
 
 /// Number of elements from which a matrix is read as one stream by a single row, if a register has 16 lanes. From memory one
-/// stream is read in 0.7 of the time of four (AMD Zen 4); from a cache, where small matrices stay between two decode steps, it
-/// takes a tenth longer, because each sum waits for the one before.
+/// stream is read in 0.7 of the time of four; from a cache, where small matrices stay between two decode steps, it takes a
+/// tenth longer, because each sum waits for the one before. Measured on AMD Zen 4 only.
 const LARGE: usize = 1 << 18;
 
 /// Cache lines to prefetch.
@@ -50,8 +50,8 @@ struct Prefetch {
     lines: usize,
 }
 
-/// Defines the kernel of one instruction set, whose tiles are up to four rows of `x` by `$narrow` or `$wide` rows of
-/// `w`; each pair's sum is in a register.
+/// Defines the kernel of one instruction set, whose tiles are up to four rows of `x` by one, `$narrow` or `$wide` rows of `w`;
+/// each pair's sum is in a register.
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $narrow:literal, $wide:literal, $zero:ident, $load:ident, $fma:ident) => {
         mod $name {

@@ -117,7 +117,9 @@ mod tests {
     /// Compares every kernel that the processor supports with sums in `f64` of the rounded values.
     #[test]
     fn the_product_is_that_of_the_rounded_values() {
-        for (rows, width, columns) in [(1, 32, 5), (7, 96, 16), (13, 64, 33), (33, 160, 40), (64, 32, 70)] {
+        for (rows, width, columns) in
+            [(1, 32, 5), (1, 96, 70), (2, 64, 33), (2, 96, 5), (7, 96, 16), (13, 64, 33), (33, 160, 40), (64, 32, 70)]
+        {
             let [x, weight] = [values(1, &[rows, width]), values(2, &[columns, width])]
                 .map(|t| flat(&t).iter().map(|value| *value as f32).collect::<Vec<_>>());
             let half = Bf16Weights::of(&weight, width);

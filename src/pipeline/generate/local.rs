@@ -49,6 +49,7 @@ impl LocalEngine {
                 copies,
                 running: None,
                 acknowledged: None,
+                are_shared: false,
                 pinned: false,
                 ctx: None,
             },
@@ -115,6 +116,8 @@ struct LiveWeights {
     running: Option<(u64, Arc<Decoder>)>,
     /// Version that was acknowledged last.
     acknowledged: Option<u64>,
+    /// True if the weights in use are the published ones, not a copy.
+    are_shared: bool,
     /// True if the weights must be kept for sequences under way.
     pinned: bool,
     ctx: Option<StageContext>,
@@ -135,19 +138,20 @@ impl LiveWeights {
         }
         let snapshot = self.reader.latest();
         // The publisher computed a fingerprint, so all kernels that write the weights have completed.
-        let model = self.copies.of(&snapshot.value)?;
+        let copied = self.copies.of(&snapshot.value)?;
+        let model = self.format.map_or(Ok(copied.clone()), |format| copied.quantized(format).map(Arc::new))?;
         if self.acknowledged != Some(snapshot.version) {
-            self.reader.acknowledge(&snapshot, model.weights().fingerprint()?);
+            self.reader.acknowledge(&snapshot, copied.weights().fingerprint()?);
             self.acknowledged = Some(snapshot.version);
         }
-        let model = self.format.map_or(Ok(model.clone()), |format| model.quantized(format).map(Arc::new))?;
+        self.are_shared = Arc::ptr_eq(&model, &snapshot.value);
         Ok(self.running.insert((snapshot.version, model)).clone())
     }
 
-    /// Drops weights that share memory with the published ones, so that the memory of a version that the learner replaces is
-    /// free for its next gradients. Weights of another format are a copy that takes time to make.
+    /// Drops the weights if they are the published ones, so that the memory of a version that the learner replaces is free for
+    /// its next gradients. A copy on another device or in another format takes time to make, and stays.
     fn release(&mut self) {
-        if self.format.is_none() {
+        if self.are_shared {
             self.running = None;
             self.pinned = false;
         }
@@ -166,5 +170,48 @@ impl WeightSource for LiveWeights {
         let weights = self.latest()?;
         self.pinned = true;
         Ok(weights)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use preceptor_actors::SnapshotCell;
+
+    use super::*;
+    use crate::lm::model::{ModelConfig, Weights};
+
+    #[test]
+    fn an_idle_engine_keeps_no_weights_and_begins_with_the_newest() {
+        let config = ModelConfig::tiny(90);
+        let model = |seed| {
+            Arc::new(Decoder::new(&config, &Weights::scratch(&config, 0.02, seed, &Device::Cpu).unwrap()).unwrap())
+        };
+        for in_flight in [false, true] {
+            let first = model(1);
+            let old = Arc::downgrade(&first);
+            let cell = Arc::new(SnapshotCell::new(0, first.weights().fingerprint().unwrap(), first));
+            let plan = LocalPlan { slots: 2, kernels_for: 2, in_flight, format: None, device: Device::Cpu };
+            let sampling = Sampling { max_new_tokens: 3, vocabulary: 90, ..Sampling::default() };
+            let mut engine = LocalEngine::new(cell.reader("a"), &sampling, plan);
+            let mut versions = |seq| {
+                engine.submit(&Prompt::new(seq, "", vec![1, 2, 3]), vec![seq, seq + 9]).unwrap();
+                let mut ended = Vec::new();
+                while !engine.is_idle() {
+                    ended.extend(engine.advance().unwrap());
+                }
+                ended.remove(0).1.into_iter().flat_map(|sampled| sampled.versions).collect::<Vec<_>>()
+            };
+            let acknowledged = || cell.acks().iter().map(|ack| (ack.version, ack.lag)).collect::<Vec<_>>();
+            assert_eq!(versions(0), [0; 6]);
+            assert_eq!(versions(1), [0; 6]);
+            assert_eq!(acknowledged(), [(0, 0)]);
+            let newer = model(2);
+            cell.publish(1, newer.weights().fingerprint().unwrap(), newer);
+            assert!(old.upgrade().is_none(), "an idle engine keeps the old version");
+            assert_eq!(acknowledged(), [(0, 1)]);
+            assert_eq!(versions(2), [1; 6]);
+            assert_eq!(acknowledged(), [(1, 0)]);
+            assert!(cell.acks()[0].fingerprint_matches);
+        }
     }
 }

@@ -364,7 +364,7 @@ impl TrainState {
         Ok(Arc::clone(&self.published))
     }
 
-    /// Returns the last snapshot; the initial weights before the first.
+    /// Returns the last snapshot; before the first, weights of the same values as the initial ones.
     pub fn published(&self) -> &Arc<Decoder> {
         &self.published
     }

@@ -54,8 +54,8 @@ pub(super) unsafe fn plain(out: OutputRows, x: &[f32], weight: &Bf16Weights, pan
 /// `x`, for which the matrix is loaded once; for one or two rows of `x`, which leave the time to memory, it is the complete
 /// panel. Each tile prefetches its share of the next panel.
 ///
-/// The lines are read in the order of their addresses: two streams a kilobyte apart, or with gaps of a kilobyte, take twice
-/// the time on AMD Zen 4.
+/// A tile of the complete panel reads the lines in the order of their addresses: two streams a kilobyte apart, or one with
+/// gaps of a kilobyte, take twice the time on AMD Zen 4.
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $most:literal, [$($rows:literal),*], $zero:ident,
      $set:ident, $fma:ident, $store:ident, $load:ident, $shift:ident, $and:ident, $all:ident, $float:ident) => {
