@@ -11,6 +11,10 @@ use super::{is_fused, tensor_elements};
 use bf16::Bf16Weights;
 use q8::Q8;
 
+/// Number of cache lines that a kernel prefetches ahead while it reads a matrix once. On AMD Zen 4 a decode step with 64 takes
+/// 0.8 of the time with a complete panel, which is larger than the first-level cache; 16 and 256 are slower.
+const AHEAD: usize = 64;
+
 /// Storage format of a quantized matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {

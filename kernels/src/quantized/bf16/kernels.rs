@@ -2,6 +2,7 @@
 //! their results are identical to the last bit.
 
 use super::super::super::matmul::OutputRows;
+use super::super::AHEAD;
 use super::{APART, Bf16Weights, HALF, PAIR, PANEL, STEP};
 
 /// Function that multiplies all rows of `x` by one panel of the matrix.
@@ -52,7 +53,7 @@ pub(super) unsafe fn plain(out: OutputRows, x: &[f32], weight: &Bf16Weights, pan
 
 /// Defines the kernel of one instruction set. A tile is two registers of `$lanes` rows of the matrix by up to `$most` rows of
 /// `x`, for which the matrix is loaded once; for one or two rows of `x`, which leave the time to memory, it is the complete
-/// panel. Each tile prefetches its share of the next panel.
+/// panel. Each tile prefetches its share of the next panel, or, if there is only one tile of rows, the lines [`AHEAD`].
 ///
 /// A tile of the complete panel reads the lines in the order of their addresses: two streams a kilobyte apart, or one with
 /// gaps of a kilobyte, take twice the time on AMD Zen 4.
@@ -61,7 +62,7 @@ macro_rules! kernel {
      $set:ident, $fma:ident, $store:ident, $load:ident, $shift:ident, $and:ident, $all:ident, $float:ident) => {
         #[cfg(target_arch = "x86_64")]
         pub(super) mod $name {
-            use super::{APART, HALF, Bf16Weights, PAIR, PANEL, OutputRows, STEP};
+            use super::{AHEAD, APART, HALF, Bf16Weights, PAIR, PANEL, OutputRows, STEP};
             use std::arch::x86_64::*;
 
             /// Number of registers for the rows of a half.
@@ -102,7 +103,7 @@ macro_rules! kernel {
                 let width = weight.width;
                 let x = x[row * width..(row + R) * width].as_ptr();
                 let lines = weight.panel(panel);
-                let next = lines.as_ptr().wrapping_add(lines.len());
+                let next = lines.as_ptr().wrapping_add(if parts == 1 { AHEAD } else { lines.len() });
                 let mut sums = [[$zero(); S]; R];
                 for step in 0..width / STEP {
                     for half in 0..S / EACH {

@@ -2,6 +2,7 @@
 //! order, so their results are identical to the last bit.
 
 use super::super::super::matmul::OutputRows;
+use super::super::AHEAD;
 use super::{BLOCK, GROUP, PANEL, Q8, Rows};
 
 /// Function that multiplies all rows of `x` by one panel of the matrix.
@@ -57,14 +58,14 @@ pub(super) unsafe fn plain(out: OutputRows, x: &Rows, weight: &Q8, panel: usize)
 
 /// Defines the kernel of one instruction set, whose registers hold `$lanes` rows of the matrix. It processes up to
 /// `$most` rows of `x` at a time, for which the matrix is loaded once. Each such tile prefetches its share of the next
-/// panel.
+/// panel. One tile of one or two rows, which leaves the time to memory, prefetches the lines [`AHEAD`].
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $most:literal, [$($rows:literal),*], $float:ident, $integers:ident,
      $set:ident, $mul:ident, $fma:ident, $load_float:ident, $store:ident, $widen:ident, $four:ident,
      $load:expr, $start:expr, $dot:expr) => {
         #[cfg(target_arch = "x86_64")]
         pub(super) mod $name {
-            use super::{BLOCK, GROUP, PANEL, OutputRows, Q8, Rows};
+            use super::{AHEAD, BLOCK, GROUP, PANEL, OutputRows, Q8, Rows};
             use std::arch::x86_64::*;
 
             /// Number of registers per panel.
@@ -103,7 +104,7 @@ macro_rules! kernel {
                 let row_scales = x.scales[row * blocks..].as_ptr();
                 let starts = x.starts[row * blocks..].as_ptr();
                 let mut sums = [[$set(0.0); PARTS]; R];
-                let next = values.as_ptr().wrapping_add(values.len());
+                let next = values.as_ptr().wrapping_add(if parts == 1 && R <= 2 { AHEAD } else { values.len() });
                 for block in 0..blocks {
                     for group in (part..GROUPS).step_by(parts) {
                         _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(block * GROUPS + group).cast());
