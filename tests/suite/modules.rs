@@ -469,6 +469,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
             "tools::tune",
             "types",
             "util::device",
+            "util::disk",
             "util::exit",
             "util::failpoints",
             "util::mutex",
